@@ -1,0 +1,148 @@
+"""How one tensor gets from one process to another: straight, through host memory, or by nccl."""
+
+import threading
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .message import TensorSpec
+
+__all__ = ["Carrier", "HostStaged", "Nccl", "carrier_for"]
+
+_issue = threading.Lock()
+"""nccl calls of a process are issued one at a time."""
+
+
+class Carrier:
+    """Carries tensors of the CPU over a 2-rank gloo group.
+
+    gloo sends bytes: every dtype travels, and a send returns once the receiver has taken it.
+    """
+
+    def __init__(self, device: torch.device, group: dist.ProcessGroup) -> None:
+        self.device, self.group = device, group
+
+    def warm_up(self, peer: int, sends: bool) -> None:
+        """Send one number, so that the first message finds an open connection."""
+        self._transfer(torch.zeros(1, dtype=torch.int64), peer, sends)
+
+    def _transfer(self, tensor: Tensor, peer: int, sends: bool) -> None:
+        (self.send_host if sends else self.receive_host)(tensor, peer)
+
+    def mark(self) -> object:
+        """Note the moment at which a message's tensors are complete."""
+        return None
+
+    def send_host(self, tensor: Tensor, peer: int) -> None:
+        """Send a tensor of the CPU; the calling thread waits."""
+        flat = tensor.contiguous().view(-1)
+        dist.send(flat.view(torch.uint8), peer, group=self.group)
+
+    def receive_host(self, tensor: Tensor, peer: int) -> None:
+        """Receive into a contiguous tensor of the CPU; the calling thread waits."""
+        dist.recv(tensor.view(-1).view(torch.uint8), peer, group=self.group)
+
+    def empty(self, spec: TensorSpec) -> Tensor:
+        """Make room for a tensor to come."""
+        device = self.device if spec.accelerated else torch.device("cpu")
+        return torch.empty(spec.shape, dtype=spec.dtype, device=device)
+
+    def send(self, tensor: Tensor, peer: int, ready: object) -> None:
+        """Send a tensor once it is complete; the calling thread waits until it is gone."""
+        self.send_host(tensor, peer)
+
+    def receive(self, tensor: Tensor, peer: int) -> None:
+        """Receive into a tensor; it is complete on return."""
+        self.receive_host(tensor, peer)
+
+
+class HostStaged(Carrier):
+    """Carries CUDA tensors through pinned host memory: gloo cannot, nccl wants a GPU each."""
+
+    def __init__(self, device: torch.device, group: dist.ProcessGroup) -> None:
+        super().__init__(device, group)
+        self.stream = torch.cuda.Stream(device)
+
+    def mark(self) -> object:
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    def send(self, tensor: Tensor, peer: int, ready: object) -> None:
+        if tensor.device.type == "cuda":
+            with torch.cuda.stream(self.stream):
+                self.stream.wait_event(ready)
+                host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+                host.copy_(tensor, non_blocking=True)
+            self.stream.synchronize()
+            tensor = host
+        self.send_host(tensor, peer)
+
+    def receive(self, tensor: Tensor, peer: int) -> None:
+        if tensor.device.type != "cuda":
+            return self.receive_host(tensor, peer)
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        self.receive_host(host, peer)
+        with torch.cuda.stream(self.stream):
+            # The caching allocator may hand out memory that the default stream still reads.
+            self.stream.wait_stream(torch.cuda.default_stream(self.device))
+            tensor.copy_(host, non_blocking=True)
+        self.stream.synchronize()
+
+
+class Nccl(HostStaged):
+    """Carries CUDA tensors by nccl, on a group and a stream of its own; headers go by gloo."""
+
+    def __init__(
+        self, device: torch.device, group: dist.ProcessGroup, tensors: dist.ProcessGroup
+    ) -> None:
+        super().__init__(device, group)
+        self.tensors = tensors
+
+    def warm_up(self, peer: int, sends: bool) -> None:
+        super().warm_up(peer, sends)
+        number = torch.zeros(1, device=self.device)
+        if sends:
+            self.send(number, peer, self.mark())
+        else:
+            self.receive(number, peer)
+
+    def send(self, tensor: Tensor, peer: int, ready: object) -> None:
+        if tensor.device.type != "cuda":
+            return self.send_host(tensor, peer)
+        with torch.cuda.stream(self.stream):
+            self.stream.wait_event(ready)
+            with _issue:
+                work = dist.isend(tensor.contiguous(), peer, group=self.tensors)
+            self._finish(work)
+
+    def receive(self, tensor: Tensor, peer: int) -> None:
+        if tensor.device.type != "cuda":
+            return self.receive_host(tensor, peer)
+        with torch.cuda.stream(self.stream):
+            self.stream.wait_stream(torch.cuda.default_stream(self.device))
+            with _issue:
+                work = dist.irecv(tensor, peer, group=self.tensors)
+            self._finish(work)
+
+    def _finish(self, work: dist.Work | None) -> None:
+        if work is not None:
+            work.wait()
+        self.stream.synchronize()
+
+
+def carrier_for(
+    device: torch.device,
+    shared_device: bool,
+    pair: list[int],
+    group: dist.ProcessGroup,
+    timeout: timedelta,
+) -> Carrier:
+    """Choose how tensors travel between a pair of ranks; every rank calls it, in one order."""
+    if device.type == "cpu":
+        return Carrier(device, group)
+    if shared_device or not dist.is_nccl_available():
+        return HostStaged(device, group)
+    return Nccl(device, group, dist.new_group(pair, timeout=timeout, backend="nccl"))

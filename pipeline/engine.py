@@ -1,0 +1,400 @@
+"""Run a schedule on a stage: the only place that acts.
+
+The engine is a generator. It yields None while the message it needs has not arrived, and `Done`
+when a call (train, evaluate, …) is over on its stage. Who drives it decides what waiting means:
+another stage's turn in the same process, or a sleep until a neighbour's message rings the bell.
+
+The first stage's upstream is its caller: a call begins with a message there, as it does for every
+other stage, so all stages run the same code and follow what the first decides.
+"""
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from enum import IntEnum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .finite import explain
+from .message import Kind, Message
+from .microbatch import join, samples
+from .nest import Nest, to_device, total_bytes
+from .report import Books, Report, Row, StageStatistics
+from .schedule import SCHEDULES, Action, Actions, Backward, Forward, Schedule, Update, depths
+from .slack import choose_slack
+from .stage import Flight, Stage
+from .transport import Inbox, Links
+
+__all__ = ["Call", "Done", "Engine", "Metrics"]
+
+WARM = 4
+"""Micro-batches after which a stage's times are taken for `slack='auto'`."""
+
+PINGS = 5
+
+Metrics = Mapping[str, Callable[[Any, Any], Any]]
+"""Names to functions of an output and its target (nests) that give a mean over samples."""
+
+
+class Call(IntEnum):
+    """What a user asks of a pipeline; every rank makes the same calls in the same order."""
+
+    TRAIN, EVALUATE, PREDICT, STATE_DICT, STATISTICS, DRAIN, CLOSE = range(7)
+
+
+@dataclass(frozen=True)
+class Done:
+    """A call is over on this stage."""
+
+    result: Any
+
+
+Steps = Generator[Done | None, None, Any]
+
+
+class Stretch:
+    """A schedule's actions from nothing in flight to nothing in flight, as far as they have come."""
+
+    def __init__(self, actions: Actions) -> None:
+        self._actions = actions
+        next(actions)  # the first is a Forward
+
+    def after(self, there: bool) -> Iterator[Action]:
+        """Answer the Forward that is due, and give the actions up to the next one."""
+        try:
+            action = self._actions.send(there)
+            while not isinstance(action, Forward):
+                yield action
+                action = next(self._actions)
+        except StopIteration:
+            return
+
+
+class Engine:
+    """One stage at work.
+
+    Args:
+        stage_depths: of all stages; `_tune` may change them.
+        links: the first stage's upstream is its caller.
+    """
+
+    def __init__(
+        self, stage: Stage, schedule: Schedule, stage_depths: tuple[int, ...], links: Links
+    ) -> None:
+        self.stage, self.schedule, self.links = stage, schedule, links
+        self.depths = stage_depths
+        self.books = Books(stage.count)
+        self.expected = Call.TRAIN
+        self.metrics: Metrics = {}
+        self.doing = "waiting for its first call"
+        self.progress = 0
+        self.busy_seconds = 0.0
+        self._began = math.nan
+        self._warm = (0.0, 0)
+        self._hop_bytes = 0
+        self.trained = self._stretches = 0
+        self._stretch = self._new_stretch()
+
+    def serve(self) -> Generator[Done | None, None, None]:
+        """Serve one call after the other, until the pipeline is closed."""
+        calls: dict[Call, Callable[[], Steps]] = {
+            Call.TRAIN: self._train,
+            Call.EVALUATE: self._evaluate,
+            Call.PREDICT: self._predict,
+            Call.STATE_DICT: self._state_dict,
+            Call.STATISTICS: self._statistics,
+            Call.DRAIN: self._nothing,
+            Call.CLOSE: self._close,
+        }
+        call = None
+        while call is not Call.CLOSE:
+            begin = yield from self._take(self.links.from_upstream)
+            call = Call(begin.index)
+            if call is not self.expected:
+                raise RuntimeError(
+                    f"the first stage called {call.name.lower()}() while stage {self.stage.index} "
+                    f"called {self.expected.name.lower()}(): every rank must make the same calls "
+                    "in the same order, though only the first stage reads the data"
+                )
+            self._send_down(begin)
+            if call is not Call.TRAIN:
+                yield from self._drain()
+            yield Done((yield from calls[call]()))
+
+    # Training ----------------------------------------------------------------------------------
+
+    def _train(self) -> Steps:
+        self.stage.set_training(True)
+        self.books.begin()
+        while True:
+            message = yield from self._take(self.links.from_upstream)
+            if message.kind is Kind.MICRO_BATCH:
+                yield from self._feed(message)
+            elif message.kind is Kind.TUNE:
+                self._send_down(message)
+                yield from self._tune()
+            else:
+                break
+        if self.stage.is_first:
+            report = self.books.close(self.stage.version)
+            message = replace(message, numbers=report.numbers())
+        self._send_down(message)
+        return Report.from_numbers(message.numbers)
+
+    def _feed(self, message: Message) -> Steps:
+        """One tick: a forward, then what the schedule puts before the next one."""
+        self._forward(message)
+        for action in self._stretch.after(True):
+            yield from self._perform(action)
+        if message.last and self.schedule.flushes:
+            yield from self._drain()
+
+    def _drain(self) -> Steps:
+        """Bring everything in flight to its end."""
+        for action in self._stretch.after(False):
+            yield from self._perform(action)
+        self._stretches += self.trained > self._stretch_began
+        self._stretch = self._new_stretch()
+
+    def _new_stretch(self) -> Stretch:
+        stage = self.stage
+        self._stretch_began = self.trained
+        return Stretch(
+            self.schedule.actions(stage.depth, stage.update_every, self.trained, self._stretches)
+        )
+
+    def _perform(self, action: Action) -> Steps:
+        if isinstance(action, Backward):
+            yield from self._backward(action.index)
+        else:
+            yield from self._update()
+
+    def _forward(self, message: Message) -> None:
+        self.doing = f"forward of micro-batch {message.index}"
+        self.books.fed()
+        if self.trained == 0:
+            self._began = time.perf_counter()
+        if self.trained == WARM:
+            self._warm = (self.busy_seconds, self.trained)
+        self.trained += 1
+        with self._working():
+            x, target = self._input(message)
+            output = self.stage.forward(message.index, x, target, samples(x))
+        self._hop_bytes = total_bytes(output)
+        if not self.stage.is_last:
+            self._send_down(replace(message, body=(output, target)))
+
+    def _input(self, message: Message) -> tuple[Nest, Nest]:
+        assert isinstance(message.body, tuple)
+        x, target = message.body
+        if self.stage.is_first:
+            x, target = to_device(x, self.stage.device), to_device(target, self.stage.device)
+        return x, target
+
+    def _backward(self, index: int) -> Steps:
+        stage, flight = self.stage, self.stage.flights[index]
+        loss, gradients, numbers = flight.loss, None, ()
+        if not stage.is_last:
+            self.doing = f"waiting for the gradient of micro-batch {index}"
+            reply = yield from self._take(self.links.from_downstream)
+            assert reply.index == index and isinstance(reply.body, tuple)
+            (loss, gradients), numbers = reply.body, reply.numbers
+        self.doing = f"backward of micro-batch {index}"
+        with self._working():
+            returned = stage.backward(flight, gradients)
+            stage.release(flight)
+        if not flight.finite and stage.settings.stops_on_nonfinite:
+            self._stop_on(flight, gradients)
+        row = Row(stage.latest_staleness, self.busy_seconds, stage.skipped).numbers()
+        if stage.is_first:
+            rows = Row.read(row + numbers)
+            self.books.note(loss, flight.samples, rows, stage.version, stage.learning_rate)
+        else:
+            reply = Message(Kind.RESULT, index, numbers=row + numbers, body=(loss, returned))
+            self.links.to_upstream.send(reply)
+
+    def _update(self) -> Steps:
+        stage = self.stage
+        self.doing = f"update {stage.version}"
+        with self._working():
+            stage.load_gradient()
+        norm, finite = None, stage.gradient.finite
+        if self._must_agree():
+            mine = [stage.gradient_norm().double() ** 2, torch.tensor(0.0 if finite else 1.0)]
+            total = yield from self._fold(torch.stack([t.double().cpu() for t in mine]), torch.add)
+            norm, finite = total[0].sqrt().to(stage.device), not total[1]
+        with self._working():
+            stage.update(norm, finite)
+
+    def _must_agree(self) -> bool:
+        """Under a flush all stages move at once: on one norm to clip by, one decision to skip."""
+        settings = self.stage.settings
+        matters = settings.clip_grad_norm is not None or not settings.stops_on_nonfinite
+        return self.schedule.flushes and self.stage.count > 1 and matters
+
+    def _stop_on(self, flight: Flight, gradients: Nest) -> None:
+        stage = self.stage
+        reason = explain(stage, flight, gradients)
+        if reason is not None:
+            raise FloatingPointError(
+                f"stage {stage.index} of {stage.count}, micro-batch {flight.index}: {reason}. "
+                f"Staleness {stage.version - flight.version} updates, effective learning rate "
+                f"η/(1−m) = {stage.effective_learning_rate:.3g}. Try a lower learning rate (what "
+                "a delay allows falls as 1/(2τ+1)), clip_grad_norm=1.0, or on_nonfinite='skip'"
+            )
+
+    # Evaluation and prediction -----------------------------------------------------------------
+
+    def _evaluate(self) -> Steps:
+        """The mean over samples of the loss and each metric, on every stage."""
+        sums: dict[str, Tensor] = {}
+        count = 0.0
+        for reply in (yield from self._infer(self._judge)):
+            assert isinstance(reply.body, dict)
+            count += reply.numbers[0]
+            for name, value in reply.body.items():
+                assert isinstance(value, Tensor)
+                sums[name] = sums.get(name, torch.zeros(())) + value.cpu() * reply.numbers[0]
+        return {name: float(total) / count for name, total in sums.items()}
+
+    def _judge(self, output: Nest, target: Nest) -> Nest:
+        values = {"loss": self.stage.take_loss(output, target)}
+        for name, metric in self.metrics.items():
+            values[name] = torch.as_tensor(metric(output, target))
+        return {name: value.detach().double() for name, value in values.items()}
+
+    def _predict(self) -> Steps:
+        """The outputs of all micro-batches, joined, on the CPU of every stage."""
+        replies = yield from self._infer(lambda output, target: output)
+        return join([to_device(reply.body, torch.device("cpu")) for reply in replies])
+
+    def _infer(self, finish: Callable[[Nest, Nest], Nest]) -> Steps:
+        """Run what the first stage feeds, forward only; the last stage's replies ride back."""
+        stage = self.stage
+        stage.set_training(False)
+        replies: list[Message] = []
+        depth = stage.count - 1 - stage.index
+        stretch = Stretch(SCHEDULES["stream"].actions(depth, 1, 0, 0))
+        there = True
+        while there:
+            message = yield from self._take(self.links.from_upstream)
+            there = message.kind is Kind.MICRO_BATCH
+            own = self._infer_one(message, finish) if there else self._send_down(message)
+            for action in stretch.after(there):
+                if isinstance(action, Backward):
+                    reply = own or (yield from self._take(self.links.from_downstream))
+                    replies.append(reply)
+                    if not stage.is_first:
+                        self.links.to_upstream.send(reply)
+        return replies
+
+    def _infer_one(self, message: Message, finish: Callable[[Nest, Nest], Nest]) -> Message | None:
+        self.doing = f"forward of micro-batch {message.index} without gradient"
+        x, target = self._input(message)
+        with torch.no_grad():
+            output = self.stage.infer(x)
+            if self.stage.is_last:
+                size = float(samples(x))
+                return Message(Kind.RESULT, message.index, False, (size,), finish(output, target))
+        return self._send_down(replace(message, body=(output, target)))
+
+    # Other calls -------------------------------------------------------------------------------
+
+    def _state_dict(self) -> Steps:
+        return (yield from self._fold(self.stage.state_dict(), _merge))
+
+    def _statistics(self) -> Steps:
+        stage = self.stage
+        seconds = time.perf_counter() - self._began
+        head = [stage.version, stage.skipped, self.busy_seconds / seconds, stage.learning_rate]
+        pairs = [number for pair in sorted(stage.staleness.items()) for number in pair]
+        mine = {str(stage.index): torch.tensor([*head, *pairs], dtype=torch.float64)}
+        rows = yield from self._fold(mine, _merge)
+        return [_read_statistics(int(j), row.tolist()) for j, row in rows.items()]
+
+    def _nothing(self) -> Steps:
+        yield from ()
+
+    def _close(self) -> Steps:
+        if self.stage.gradient.versions:
+            yield from self._update()
+
+    def _tune(self) -> Steps:
+        """Measure every stage and every hop, and choose the slack; all stages choose alike."""
+        yield from self._drain()
+        self.doing = "measuring the links"
+        stage, (busy, trained) = self.stage, self._warm
+        seconds = (self.busy_seconds - busy) / max(1, self.trained - trained)
+        hop = math.nan if stage.is_last else (yield from self._measure_hop())
+        mine = {str(stage.index): torch.tensor([seconds, hop], dtype=torch.float64)}
+        rows = [row.tolist() for row in (yield from self._fold(mine, _merge)).values()]
+        slack, why = choose_slack([row[0] for row in rows], [row[1] for row in rows[:-1]])
+        if stage.is_first:
+            print(why, flush=True)
+        self.depths = depths(stage.count, slack)
+        stage.depth = self.depths[stage.index]
+        self._stretch = self._new_stretch()
+
+    def _measure_hop(self) -> Steps:
+        """Seconds, one way, for a message as large as the last output: the median of a few."""
+        ping = Message(Kind.ECHO, body=torch.zeros(self._hop_bytes, dtype=torch.uint8, device=self.stage.device))
+        seconds = []
+        for _ in range(1 + PINGS):  # the first one waits until the next stage is listening
+            start = time.perf_counter()
+            self._send_down(ping)
+            yield from self._take(self.links.from_downstream)
+            seconds.append((time.perf_counter() - start) / 2)
+        return statistics.median(seconds[1:])
+
+    # Messages ----------------------------------------------------------------------------------
+
+    def _take(self, inbox: Inbox | None) -> Generator[None, None, Message]:
+        """Wait for the next message of a channel."""
+        assert inbox is not None
+        while (message := inbox.poll()) is None:
+            yield None
+        self.progress += 1
+        return message
+
+    def _send_down(self, message: Message) -> None:
+        if self.links.to_downstream is not None:
+            self.links.to_downstream.send(message)
+
+    def _fold(self, value: Nest, combine: Callable[[Any, Any], Any]) -> Steps:
+        """Combine every stage's value, in the stages' order, and give the result to every stage.
+
+        A stage that waits here returns the echoes that the one before measures its link with.
+        """
+        stage, links = self.stage, self.links
+        if not stage.is_first:
+            while (above := (yield from self._take(links.from_upstream))).kind is Kind.ECHO:
+                links.to_upstream.send(above)
+            value = combine(above.body, value)
+        if not stage.is_last:
+            self._send_down(Message(Kind.VALUE, body=value))
+            value = (yield from self._take(links.from_downstream)).body
+        if not stage.is_first:
+            links.to_upstream.send(Message(Kind.VALUE, body=value))
+        return value
+
+    @contextmanager
+    def _working(self) -> Iterator[None]:
+        """Count the time of a block as this stage's work."""
+        start = time.perf_counter()
+        yield
+        self.busy_seconds += time.perf_counter() - start
+
+
+def _merge(above: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {**above, **own}
+
+
+def _read_statistics(stage: int, numbers: list[float]) -> StageStatistics:
+    updates, skipped, busy, rate, *pairs = numbers
+    histogram = {int(s): int(c) for s, c in zip(pairs[::2], pairs[1::2], strict=True)}
+    return StageStatistics(stage, int(updates), int(skipped), histogram, busy, rate)

@@ -1,0 +1,105 @@
+"""What the first stage is fed: a user's loader as messages, and what is wrong with it."""
+
+import traceback
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from .engine import Call
+from .errors import InputError, first_line
+from .message import Kind, Message
+from .microbatch import samples, split
+from .nest import Nest
+
+__all__ = ["Source", "begin", "feed", "read"]
+
+
+class Source:
+    """The first stage's upstream channel: its messages are made when they are asked for."""
+
+    def __init__(self) -> None:
+        self._messages: Iterator[Message] = iter(())
+
+    def open(self, messages: Iterator[Message]) -> None:
+        """Go on with these messages."""
+        self._messages = messages
+
+    def poll(self) -> Message | None:
+        """Give the next message, if there is one."""
+        return next(self._messages, None)
+
+
+def begin(call: Call) -> Iterator[Message]:
+    """The message that begins a call."""
+    yield Message(Kind.BEGIN, int(call))
+
+
+def feed(
+    call: Call, batches: Iterable[tuple[Nest, Nest]], parts: int, start: int, tune_at: int | None
+) -> Iterator[Message]:
+    """The messages of a call over a loader: begin, each micro-batch, end.
+
+    Args:
+        parts: micro-batches to a mini-batch.
+        start: the first micro-batch's index.
+        tune_at: the index before which to measure the links; None for never.
+    """
+    yield from begin(call)
+    for batch in batches:
+        pieces = split(batch, parts)
+        for k, piece in enumerate(pieces):
+            if start == tune_at:
+                yield Message(Kind.TUNE)
+            yield Message(Kind.MICRO_BATCH, start, last=k == len(pieces) - 1, body=piece)
+            start += 1
+    yield Message(Kind.END)
+
+
+def read(loader: Iterable[Any], pairs_only: bool) -> Iterator[tuple[Nest, Nest]]:
+    """Read (input, target) pairs, and look at each before it goes in.
+
+    Args:
+        pairs_only: refuse an input without a target; otherwise its target is None.
+
+    Raises:
+        InputError: the loader raises, gives nothing, or gives what cannot be cut into samples.
+    """
+    number = 0
+    iterator = None
+    while True:
+        try:
+            iterator = iter(loader) if iterator is None else iterator
+            item = next(iterator)
+        except StopIteration:
+            break
+        except Exception as error:
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            raise InputError(
+                f"the loader raised {type(error).__name__}: {first_line(error)} while making "
+                f"mini-batch {number} ({place.filename}:{place.lineno} in {place.name})"
+            ) from error
+        yield _pair(item, number, pairs_only)
+        number += 1
+    if number == 0:
+        raise InputError(
+            "the loader gave no mini-batch: give a DataLoader or a list of (input, target) pairs; "
+            "a generator can be read only once, and drop_last=True drops a lone short batch"
+        )
+
+
+def _pair(item: Any, number: int, pairs_only: bool) -> tuple[Nest, Nest]:
+    if isinstance(item, tuple | list) and len(item) == 2:
+        pair = (item[0], item[1])
+    elif pairs_only:
+        size = f" of {len(item)}" if isinstance(item, tuple | list) else ""
+        raise InputError(
+            f"mini-batch {number} is a {type(item).__name__}{size}: a loader must give pairs "
+            "(input, target), each a tensor or a nest of tensors"
+        )
+    else:
+        single = isinstance(item, tuple | list) and len(item) == 1
+        pair = (item[0] if single else item, None)
+    try:
+        samples(pair)
+    except TypeError as error:
+        raise InputError(f"mini-batch {number}: {error}") from error
+    return pair

@@ -1,0 +1,57 @@
+"""What one update accumulates: the gradients of its micro-batches, weighted by their samples."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+__all__ = ["Gradient", "all_finite"]
+
+
+@dataclass
+class Gradient:
+    """A sum over micro-batches of (mean gradient x samples), divided once when it is used.
+
+    A single micro-batch's mean is kept, and given back, bit for bit.
+
+    Args:
+        versions: the weight version of each micro-batch's forward.
+    """
+
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    samples: int = 0
+    versions: list[int] = field(default_factory=list)
+    finite: bool = True
+
+    def add(self, means: dict[str, Tensor], samples: int, version: int, finite: bool) -> None:
+        """Add a micro-batch's mean gradient, by weight name; one that is not finite spoils all."""
+        self.finite = self.finite and finite
+        if len(self.versions) == 1:
+            self._scale(self.samples)
+        if self.versions:
+            for name, mean in means.items():
+                held = self.sums.get(name)
+                self.sums[name] = mean * samples if held is None else held + mean * samples
+        else:
+            self.sums = means
+        self.samples += samples
+        self.versions.append(version)
+
+    def mean(self) -> dict[str, Tensor]:
+        """The mean gradient over all samples added; call it once."""
+        if len(self.versions) > 1:
+            self._scale(1 / self.samples)
+        return self.sums
+
+    def _scale(self, factor: float) -> None:
+        self.sums = {name: value * factor for name, value in self.sums.items()}
+
+
+def all_finite(tensors: list[Tensor]) -> bool:
+    """Whether no element is infinite or NaN; one pass over memory, and one wait for the device."""
+    sums = []
+    for tensor in tensors:
+        values = tensor.coalesce().values() if tensor.is_sparse else tensor
+        wide = torch.float32 if values.dtype is torch.float16 else None
+        sums.append(values.detach().sum(dtype=wide).to(torch.float32))
+    return not sums or bool(torch.stack(sums).isfinite().all())

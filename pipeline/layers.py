@@ -1,0 +1,66 @@
+"""One stage's layers: a run of the user's own, under the user's own names."""
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Layers", "layer_at_fault", "materialise"]
+
+
+class Layers(nn.Sequential):
+    """A run of named layers; a layer's name there is its name in the whole model."""
+
+    def __init__(self, layers: Iterable[tuple[str, nn.Module]]) -> None:
+        super().__init__(OrderedDict(layers))
+        self._modes = {name: module.training for name, module in self.named_modules()}
+
+    def forward(self, x: Any) -> Any:
+        # The traceback of an error finds `name` here: see `layer_at_fault`.
+        for name, layer in self._modules.items():
+            x = layer(x)  # type: ignore[misc]
+        return x
+
+    def resume_training_mode(self) -> None:
+        """Put every module into the mode the user left it in (a frozen BatchNorm stays so)."""
+        for name, module in self.named_modules():
+            module.training = self._modes[name]
+
+
+def layer_at_fault(error: BaseException) -> str | None:
+    """Name the layer whose forward raised an error: "'3' (Linear)", or None if none did."""
+    found = None
+    trace = error.__traceback__
+    while trace is not None:
+        frame = trace.tb_frame
+        if frame.f_code is Layers.forward.__code__ and "layer" in frame.f_locals:
+            found = f"'{frame.f_locals['name']}' ({type(frame.f_locals['layer']).__name__})"
+        trace = trace.tb_next
+    return found
+
+
+def materialise(name: str, layer: nn.Module, seed: int, device: torch.device) -> None:
+    """Give a layer on the meta device its weights, from the seed and its name alone.
+
+    Raises:
+        ValueError: a module in it has weights and no `reset_parameters` to fill them with.
+    """
+    if not any(tensor.is_meta for tensor in (*layer.parameters(), *layer.buffers())):
+        return
+    layer.to_empty(device=device)
+    number = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7], "big")
+    with torch.random.fork_rng():
+        torch.manual_seed(number)
+        for path, module in layer.named_modules():
+            reset = getattr(module, "reset_parameters", None)
+            if callable(reset):
+                reset()
+            elif [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
+                raise ValueError(
+                    f"layer {name!r} is on the meta device and {path or 'it'} "
+                    f"({type(module).__name__}) has no reset_parameters() to fill its weights "
+                    "with: write one, or build the model on the CPU"
+                )

@@ -1,0 +1,480 @@
+"""Pipeline: what a user builds around an nn.Sequential."""
+
+import atexit
+import itertools
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from .driver import Alone, Apart, Driver
+from .engine import Call, Engine, Metrics
+from .feed import Source, begin, feed, read
+from .layers import Layers, materialise
+from .loss import Loss
+from .measure import measure
+from .message import Message
+from .microbatch import split
+from .nest import Nest
+from .partition import Balance, LayerCost, Partition, check_model, count, partition
+from .random_state import RandomState
+from .report import Progress, Report, StageStatistics
+from .rules import Delayed, Exact, Rule
+from .schedule import SCHEDULES
+from .settings import OptimizerFactory, SchedulerFactory, Settings
+from .stage import Stage
+from .transport import Links, connect, connect_locally
+from .watch import Pulse, Watch, title
+from .world import World, choose_device, meet
+
+__all__ = ["Pipeline"]
+
+TUNE_AT = 16
+"""The micro-batch before which `slack='auto'` measures."""
+
+_jobs = itertools.count()
+
+
+class Pipeline:
+    """An nn.Sequential cut into stages, trained as a stream.
+
+    Under torchrun each rank runs one stage, and every rank makes the same calls in the same order;
+    alone, one process runs all `stages` stages in turn, with the same numbers. A loader gives
+    (input, target) pairs, each a tensor or a nest of tensors (N, …); only the first stage reads it.
+
+    Args:
+        model: built from the same seed on every rank. Its layers keep their names everywhere.
+        loss_fn: from an output and a target, the mean over dimension 0.
+        optimizer: a function of a stage's (name, Parameter) pairs that gives an optimizer, or
+            several; not called for a stage with nothing to train.
+        scheduler: a function of an optimizer that gives its LRScheduler, stepped once an update.
+        schedule: 'stream', which never flushes; '1f1b' or 'gpipe', which do at every mini-batch.
+        rule: None is `Delayed('stash')` under 'stream' and `Exact()` under the others.
+        balance: 'time' (measured on the first micro-batch), 'parameters', each stage's number of
+            layers, or the name of each stage's first layer.
+        stages: None is the number of ranks, or 1 alone.
+        slack: extra micro-batches in flight per hop, which hide slow links and add staleness: a
+            number, one for each hop, or 'auto' (measured; torchrun only).
+        micro_batches: how many a mini-batch is cut into.
+        update_every: micro-batches to an update under 'stream', mini-batches under the others.
+        clip_grad_norm: the largest 2-norm of a gradient: per stage under 'stream', over the whole
+            model under the others.
+        autocast: a dtype, as in torch.autocast.
+        compile: True, or keywords of torch.compile, which each stage's layers go through.
+        device: None is a GPU for each rank where there are enough, else the CPU.
+        seed: of the random state of the stages after the first (which lives on the global one),
+            and of layers on the meta device; None is torch.initial_seed().
+        on_nonfinite: 'stop' at the first loss or gradient that is not finite, or 'skip' its update.
+        timeout: seconds of silence after which the job ends, until the first update and after it.
+
+    Raises:
+        TypeError, ValueError: an argument that cannot work; the message says what to write.
+        InputError: the ranks cannot meet.
+    """
+
+    def __init__(
+        self,
+        model: nn.Sequential,
+        loss_fn: Loss,
+        optimizer: OptimizerFactory,
+        *,
+        scheduler: SchedulerFactory | None = None,
+        schedule: str = "stream",
+        rule: Rule | None = None,
+        balance: Balance = "time",
+        stages: int | None = None,
+        slack: int | Sequence[int] | Literal["auto"] = 0,
+        micro_batches: int = 1,
+        update_every: int = 1,
+        clip_grad_norm: float | None = None,
+        autocast: torch.dtype | None = None,
+        compile: bool | Mapping[str, Any] = False,
+        device: str | torch.device | None = None,
+        seed: int | None = None,
+        on_nonfinite: str = "stop",
+        timeout: tuple[float, float] = (300.0, 60.0),
+    ) -> None:
+        self._driver: Driver | None = None
+        self._world = meet()
+        self._watch = self._start_watch(self._world, timeout) if self._world else None
+        self.partition: Partition | None = None
+        self._fed = 0
+        self._closed = False
+        with self._reporting("building the pipeline", refuses=True):
+            self.rank = self._world.rank if self._world else 0
+            self.stages = _choose_stages(stages, self._world)
+            check_model(model, self.stages)
+            _check(loss_fn, optimizer, schedule, on_nonfinite, timeout)
+            _check_counts(micro_batches, update_every, clip_grad_norm)
+            self._model, self._balance, self._micro_batches = model, balance, micro_batches
+            self._schedule = SCHEDULES[schedule]
+            self._rule = rule or (Exact() if self._schedule.flushes else Delayed("stash"))
+            self._rule.check(self._schedule, self.stages)
+            self._tunes = slack == "auto"
+            if self._tunes and (self._world is None or self._schedule.flushes):
+                raise ValueError(
+                    "slack='auto' measures the links of a stream under torchrun: alone, or under "
+                    "a schedule that flushes, write a number"
+                )
+            self._depths = self._schedule.depths(self.stages, 1 if slack == "auto" else slack)
+            self._device, shared = choose_device(device, self._world)
+            self._seed = torch.initial_seed() if seed is None else seed
+            self._settings = Settings(
+                loss_fn=loss_fn,
+                optimizer=optimizer,
+                scheduler=scheduler,
+                update_every=update_every,
+                clip_grad_norm=clip_grad_norm,
+                autocast=autocast,
+                compile=dict(compile) if isinstance(compile, Mapping) else {} if compile else None,
+                stops_on_nonfinite=on_nonfinite == "stop",
+            )
+            self._links = self._connect(shared)
+            if self.stages == 1:
+                self._cut([len(model)], count(model))
+            elif balance != "time":
+                self._cut(balance, count(model))
+        atexit.register(_end, weakref.ref(self))
+
+    # Calls that every rank makes ---------------------------------------------------------------
+
+    def prepare(self, loader: Iterable[Any]) -> Partition:
+        """Measure, cut and build the stages on a loader's first mini-batch, if not done yet.
+
+        `train` and `evaluate` do so themselves; the random state stays as it was.
+        """
+        if self.partition is None:
+            with torch.random.fork_rng():
+                self._open(loader, pairs_only=True)
+        assert self.partition is not None
+        return self.partition
+
+    def train(
+        self,
+        loader: Iterable[Any],
+        *,
+        log: Callable[[Progress], None] | None = None,
+        log_every: int = 50,
+    ) -> Report:
+        """Train on a loader once.
+
+        Under 'stream' it returns without draining: this stage has run its last forward and what
+        the schedule puts right after it. The report covers the micro-batches whose gradient has
+        reached the first stage; the others are in the next report.
+
+        Args:
+            log: called on the first stage, with the losses read from the device then and only then.
+            log_every: micro-batches between two logs.
+
+        Raises:
+            InputError: the loader raises, gives nothing, or what cannot be cut into samples.
+            FloatingPointError: a loss or gradient is not finite (on_nonfinite='stop').
+        """
+        batches = self._open(loader, pairs_only=True)
+        first = self._engines[0]
+        first.books.log, first.books.log_every = log, log_every
+        tune_at = TUNE_AT if self._tunes else None
+        report: Report = self._run(
+            Call.TRAIN, feed(Call.TRAIN, batches, self._micro_batches, self._fed, tune_at)
+        )
+        self._fed = first.trained
+        return report
+
+    def evaluate(self, loader: Iterable[Any], metrics: Metrics | None = None) -> dict[str, float]:
+        """Drain, then give the mean over samples of the loss and of each metric, on every rank.
+
+        Args:
+            metrics: names to functions of (output, target) that give a mean over the samples.
+        """
+        batches = self._open(loader, pairs_only=True)
+        self._engines[-1].metrics = dict(metrics or {})
+        messages = feed(Call.EVALUATE, batches, self._micro_batches, 0, None)
+        result: dict[str, float] = self._run(Call.EVALUATE, messages)
+        return result
+
+    def predict(self, loader: Iterable[Any]) -> Nest:
+        """Drain, then give the outputs for all inputs, joined on dimension 0, on every rank's CPU.
+
+        Args:
+            loader: gives inputs, or (input, target) pairs, whose target is not used; so an input
+                that is itself a tuple of two must come in a pair.
+        """
+        batches = self._open(loader, pairs_only=False)
+        result: Nest = self._run(
+            Call.PREDICT, feed(Call.PREDICT, batches, self._micro_batches, 0, None)
+        )
+        return result
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Drain, then give the whole model's weights and buffers, by its own names, on the CPU."""
+        if self._driver is None:
+            return {n: t.detach().to("cpu", copy=True) for n, t in self._model.state_dict().items()}
+        result: dict[str, Tensor] = self._run(Call.STATE_DICT)
+        return result
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Drain, then take the weights and buffers of a whole model, by its own names.
+
+        Raises:
+            RuntimeError: a name that is missing, unknown, or whose shape differs.
+        """
+        with self._reporting("loading weights"):
+            if self._driver is None:
+                self._model.load_state_dict(state)
+                return
+            self._run(Call.DRAIN)
+            expected = self._names
+            if set(state) != expected:
+                raise RuntimeError(
+                    f"the weights do not fit the model: missing {sorted(expected - set(state))}, "
+                    f"unknown {sorted(set(state) - expected)}"
+                )
+            for engine in self._engines:
+                engine.stage.load_state_dict(state)
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Drain, then give the parameters of the stages of this process, by the model's names."""
+        self._require_built("named_parameters()")
+        self._run(Call.DRAIN)
+        return itertools.chain(*(e.stage.layers.named_parameters() for e in self._engines))
+
+    def statistics(self) -> list[StageStatistics]:
+        """Drain, then give each stage's figures; the same on every rank."""
+        self._require_built("statistics()")
+        result: list[StageStatistics] = self._run(Call.STATISTICS)
+        return result
+
+    def drain(self) -> None:
+        """Bring all micro-batches in flight to their end."""
+        if self._driver is not None:
+            self._run(Call.DRAIN)
+
+    def close(self) -> None:
+        """Drain, apply what is accumulated, and say goodbye; also at the end of a with-block."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._driver is not None:
+            self._run(Call.CLOSE)
+        if self._watch is not None:
+            for links in self._links:
+                links.close()
+            self._watch.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is None:
+            self.close()
+        elif self._watch is not None:
+            self._watch.fail_by(error, "the with-block of the pipeline")
+
+    # What this process is ----------------------------------------------------------------------
+
+    @property
+    def is_first(self) -> bool:
+        """Whether the first stage is in this process."""
+        return self.rank == 0
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the last stage is in this process."""
+        return self._world is None or self.rank == self.stages - 1
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """Each stage's micro-batches in flight behind a forward; its staleness, once warm."""
+        return self._engines[0].depths if self._driver else self._depths
+
+    @property
+    def version(self) -> int:
+        """How many updates this process's first stage has made, skipped ones included."""
+        return self._engines[0].stage.version if self._driver else 0
+
+    # Building ----------------------------------------------------------------------------------
+
+    def _start_watch(self, world: World, timeout: tuple[float, float]) -> Watch:
+        names = [title(rank, world.size, rank) for rank in range(world.size)]
+        return Watch(world.store, str(next(_jobs)), world.rank, names, timeout, self._pulse)
+
+    def _pulse(self) -> Pulse:
+        driver = self._driver
+        if not isinstance(driver, Apart):
+            return Pulse(0, False, False, "building the pipeline")
+        engine = driver.engines[0]
+        return Pulse(engine.progress, driver.waiting, engine.stage.version > 0, engine.doing)
+
+    def _connect(self, shares_device: bool) -> list[Links]:
+        if self._world is None or self._watch is None:
+            return connect_locally(self.stages)
+        ranks = list(range(self.stages))
+        watch = self._watch
+        return [connect(ranks, self.rank, self._device, shares_device, watch.bell, watch.lost)]
+
+    def _open(self, loader: Iterable[Any], pairs_only: bool) -> Iterator[tuple[Nest, Nest]]:
+        """Read a loader's first mini-batch, on the first stage, and build the stages if need be."""
+        if self._closed:
+            raise RuntimeError("this pipeline is closed: build a new one")
+        with self._reporting("reading the loader's first mini-batch"):
+            if not self.is_first:
+                if self.partition is None:
+                    self._measure_and_cut(None)
+                return iter(())
+            batches = read(loader, pairs_only)
+            first = next(batches)
+            if self.partition is None:
+                self._measure_and_cut(first)
+            return itertools.chain([first], batches)
+
+    def _measure_and_cut(self, batch: tuple[Nest, Nest] | None) -> None:
+        """The first rank measures on the first micro-batch; all ranks cut alike."""
+        if batch is not None:
+            micro_batch = split(batch, self._micro_batches)[0]
+            assert isinstance(micro_batch, tuple)
+            costs = measure(self._model, *micro_batch, self._settings, self._device, self._seed)
+            result = partition(self._model, self.stages, "time", costs)
+            if self._watch is not None:
+                self._watch.share("partition", result.to_json())
+        else:
+            assert self._watch is not None
+            result = Partition.from_json(self._watch.learn("partition"))
+        self.partition = result
+        self._build()
+
+    def _cut(self, balance: Balance, costs: Sequence[LayerCost]) -> None:
+        self.partition = partition(self._model, self.stages, balance, costs)
+        self._build()
+
+    def _build(self) -> None:
+        assert self.partition is not None
+        source = Source() if self.is_first else None
+        self._names = set(self._model.state_dict())
+        mine = range(self.stages) if self._world is None else [self.rank]
+        engines = []
+        for j, links in zip(mine, self._links, strict=True):
+            if j == 0:
+                links.from_upstream = source
+            engines.append(Engine(self._make_stage(j), self._schedule, self._depths, links))
+        self._engines = engines
+        if self._watch is None:
+            assert source is not None
+            self._driver = Alone(engines, source)
+        else:
+            self._driver = Apart(engines[0], source, self._watch)
+
+    def _make_stage(self, index: int) -> Stage:
+        assert self.partition is not None
+        names = [cost.name for cost in self.partition.stages[index]]
+        layers = [(name, self._model.get_submodule(name)) for name in names]
+        for name, layer in layers:
+            materialise(name, layer, self._seed, self._device)
+        random = RandomState.derive(self._seed, index, self._device) if index else None
+        return Stage(
+            index,
+            self.stages,
+            self._depths[index],
+            Layers(layers).to(self._device),
+            self._rule,
+            self._settings,
+            self._device,
+            random,
+        )
+
+    # Running -----------------------------------------------------------------------------------
+
+    def _run(self, call: Call, messages: Iterator[Message] | None = None) -> Any:
+        driver = self._driver
+        assert driver is not None
+        with self._reporting(lambda: driver.engines[0].doing):
+            return driver.run(call, messages or begin(call))
+
+    def _require_built(self, what: str) -> None:
+        if self._driver is None:
+            raise RuntimeError(
+                f"{what} needs the stages, and balance='time' cuts them on the first mini-batch: "
+                "call prepare(loader) first"
+            )
+
+    @contextmanager
+    def _reporting(self, doing: str | Callable[[], str], refuses: bool = False) -> Iterator[None]:
+        """Under torchrun, let all ranks know of an error before it goes its way."""
+        try:
+            yield
+        except Exception as error:
+            if self._watch is not None:
+                if refuses and isinstance(error, TypeError | ValueError):
+                    self._watch.refuse(error)
+                else:
+                    self._watch.fail_by(error, doing if isinstance(doing, str) else doing())
+            raise
+
+
+def _end(reference: "weakref.ref[Pipeline]") -> None:
+    """At exit: drain and close; after a failure end at once."""
+    pipeline = reference()
+    if pipeline is None:
+        return
+    watch = pipeline._watch
+    if watch is not None:
+        watch.end_process_if_failed()
+        try:
+            pipeline.close()
+        except SystemExit:
+            watch.end_process_if_failed()
+    elif not pipeline._closed and pipeline._driver is not None:
+        pipeline.close()
+
+
+def _choose_stages(stages: int | None, world: World | None) -> int:
+    ranks = world.size if world else None
+    if stages is None:
+        return ranks or 1
+    if isinstance(stages, bool) or not isinstance(stages, int) or stages < 1:
+        raise ValueError(f"stages={stages!r}: give a whole number >= 1")
+    if ranks is not None and ranks != stages:
+        if ranks < stages:
+            hint = f"start with torchrun --nproc-per-node {stages}, or write stages={ranks}"
+        else:
+            hint = (
+                f"{ranks} ranks are not {stages} stages, and replicas of a pipeline are not there "
+                f"yet: start {stages} ranks, or write stages={ranks}"
+            )
+        raise ValueError(f"stages={stages} but torchrun started {ranks} ranks: {hint}")
+    return stages
+
+
+def _check(
+    loss_fn: Any, optimizer: Any, schedule: str, on_nonfinite: str, timeout: Sequence[float]
+) -> None:
+    if not callable(loss_fn):
+        raise TypeError(f"loss_fn={loss_fn!r} cannot be called: give a function or a module")
+    if isinstance(optimizer, torch.optim.Optimizer) or not callable(optimizer):
+        raise TypeError(
+            f"optimizer is a {type(optimizer).__name__}: give a function that makes one for a "
+            "stage's parameters, as in optimizer=lambda params: torch.optim.SGD(params, lr=0.1)"
+        )
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule={schedule!r}: write one of {', '.join(SCHEDULES)}")
+    if on_nonfinite not in ("stop", "skip"):
+        raise ValueError(f"on_nonfinite={on_nonfinite!r}: write 'stop' or 'skip'")
+    if len(timeout) != 2 or min(timeout) <= 0:
+        raise ValueError(f"timeout={timeout!r}: give two numbers of seconds, until the first "
+                         "update and after it, as in (300, 60)")  # fmt: skip
+
+
+def _check_counts(micro_batches: int, update_every: int, clip_grad_norm: float | None) -> None:
+    for name, value in (("micro_batches", micro_batches), ("update_every", update_every)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}={value!r}: give a whole number >= 1")
+    if clip_grad_norm is not None and not clip_grad_norm > 0:
+        raise ValueError(f"clip_grad_norm={clip_grad_norm!r}: give a number > 0, or None")

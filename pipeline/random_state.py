@@ -1,0 +1,50 @@
+"""The random state of a stage: captured, made, put in force for a while."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+__all__ = ["RandomState"]
+
+
+class RandomState:
+    """The state of torch's generators: the CPU's, and the device's where it is a GPU."""
+
+    def __init__(self, cpu: Tensor, cuda: Tensor | None, device: torch.device) -> None:
+        self.cpu, self.cuda, self.device = cpu, cuda, device
+
+    @classmethod
+    def capture(cls, device: torch.device) -> "RandomState":
+        """Note the state in force."""
+        cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        return cls(torch.get_rng_state(), cuda, device)
+
+    @classmethod
+    def derive(cls, seed: int, stage: int, device: torch.device) -> "RandomState":
+        """Make the state of a stage; other stages' are unlike it, every process's is the same."""
+        number = (seed * 1_000_003 + stage) % 2**63
+        cpu = torch.Generator().manual_seed(number).get_state()
+        cuda = None
+        if device.type == "cuda":
+            cuda = torch.Generator(device).manual_seed(number).get_state()
+        return cls(cpu, cuda, device)
+
+    def restore(self) -> None:
+        """Put this state in force."""
+        torch.set_rng_state(self.cpu)
+        if self.cuda is not None:
+            torch.cuda.set_rng_state(self.cuda, self.device)
+
+    @contextmanager
+    def in_force(self) -> Iterator[None]:
+        """Run a block on this state, which moves on, and put the one before back."""
+        outer = RandomState.capture(self.device)
+        self.restore()
+        try:
+            yield
+        finally:
+            inner = RandomState.capture(self.device)
+            self.cpu, self.cuda = inner.cpu, inner.cuda
+            outer.restore()

@@ -1,0 +1,199 @@
+"""What a pipeline tells about its training, and the books from which the first stage makes it."""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Books", "Progress", "Report", "Row", "StageStatistics"]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a call of `train` did; the same on every rank.
+
+    It covers the micro-batches whose gradient has reached the first stage; under `stream` those
+    still in flight are in the next report.
+
+    Args:
+        loss: the mean over samples; NaN if there were none.
+        updates: of the first stage.
+        seconds: on the first stage's clock.
+        staleness: of each stage's latest update known to the first stage.
+        skipped: updates skipped, over all stages, since training began.
+    """
+
+    loss: float
+    samples: int
+    micro_batches: int
+    updates: int
+    seconds: float
+    skipped: int
+    staleness: tuple[float, ...]
+
+    @property
+    def samples_per_second(self) -> float:
+        """Samples reported, per second of the call."""
+        return self.samples / self.seconds if self.seconds > 0 else math.nan
+
+    def numbers(self) -> tuple[float, ...]:
+        """Write it as numbers, for a header."""
+        head = (self.loss, self.samples, self.micro_batches, self.updates, self.seconds)
+        return (*head, self.skipped, *self.staleness)
+
+    @classmethod
+    def from_numbers(cls, n: Sequence[float]) -> "Report":
+        """Read what `numbers` wrote."""
+        return cls(n[0], int(n[1]), int(n[2]), int(n[3]), n[4], int(n[5]), tuple(n[6:]))
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What the first stage knows at a log interval.
+
+    Args:
+        micro_batch: how many have been fed since the pipeline was built.
+        samples: those reported in this call of `train` so far.
+        loss: the mean since the last log.
+        samples_per_second: since the last log.
+        staleness, busy: of each stage; busy is its share of the time since the last log.
+        update: the first stage's weight version.
+        learning_rate: the first stage's.
+    """
+
+    micro_batch: int
+    samples: int
+    loss: float
+    samples_per_second: float
+    staleness: tuple[float, ...]
+    busy: tuple[float, ...]
+    update: int
+    learning_rate: float
+
+
+@dataclass(frozen=True)
+class StageStatistics:
+    """One stage since the pipeline was built.
+
+    Args:
+        staleness: how many gradients were applied at each staleness, in updates.
+        busy: the share of the time since its first micro-batch spent in forward, backward, update.
+    """
+
+    stage: int
+    updates: int
+    skipped: int
+    staleness: dict[int, int]
+    busy: float
+    learning_rate: float
+
+    @property
+    def staleness_mean(self) -> float:
+        """The mean staleness over all gradients applied."""
+        total = sum(self.staleness.values())
+        return sum(s * c for s, c in self.staleness.items()) / total if total else 0.0
+
+    @property
+    def staleness_max(self) -> int:
+        """The largest staleness of a gradient applied."""
+        return max(self.staleness, default=0)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A stage's figures as they ride up to the first stage with each gradient."""
+
+    staleness: float
+    busy_seconds: float
+    skipped: float
+
+    WIDTH = 3
+
+    def numbers(self) -> tuple[float, ...]:
+        """Write it as numbers, for a header."""
+        return (self.staleness, self.busy_seconds, self.skipped)
+
+    @classmethod
+    def read(cls, numbers: Sequence[float]) -> "list[Row]":
+        """Read the rows of consecutive stages."""
+        return [cls(*numbers[k : k + cls.WIDTH]) for k in range(0, len(numbers), cls.WIDTH)]
+
+
+class Books:
+    """The first stage's account of losses; they stay on the device until the log interval."""
+
+    def __init__(self, stages: int) -> None:
+        self.rows = [Row(0.0, 0.0, 0.0)] * stages
+        self.log: Callable[[Progress], None] | None = None
+        self.log_every = 50
+        self._fed = 0
+        self._losses: list[Tensor] = []
+        self._samples: list[int] = []
+        self._sums = [0.0, 0, 0]
+        self._start = self._last = time.perf_counter()
+        self._version = 0
+        self._busy = [0.0] * stages
+
+    def begin(self) -> None:
+        """A call of `train` begins; what was drained in between counts for it."""
+        self._start = self._last = time.perf_counter()
+        self._busy = [row.busy_seconds for row in self.rows]
+
+    def note(self, loss: Tensor, samples: int, rows: list[Row], version: int, rate: float) -> None:
+        """A micro-batch's loss (0-d, on the device) has come back."""
+        self._losses.append(loss.detach())
+        self._samples.append(samples)
+        self.rows = rows
+        if len(self._losses) == self.log_every:
+            self._log(version, rate)
+
+    def fed(self) -> None:
+        """A micro-batch has gone in."""
+        self._fed += 1
+
+    def _log(self, version: int, rate: float) -> None:
+        loss, samples = self._read()
+        now = time.perf_counter()
+        seconds, self._last = now - self._last, now
+        busy = [row.busy_seconds for row in self.rows]
+        shares = tuple((b - a) / seconds for a, b in zip(self._busy, busy, strict=True))
+        self._busy = busy
+        staleness = tuple(row.staleness for row in self.rows)
+        if self.log:
+            rate_of_samples = samples / seconds
+            self.log(
+                Progress(self._fed, self._sums[1], loss, rate_of_samples, staleness, shares,
+                         version, rate)
+            )  # fmt: skip
+
+    def _read(self) -> tuple[float, int]:
+        """Read the losses noted since the last time: the one wait for the device."""
+        samples = sum(self._samples)
+        if not samples:
+            return math.nan, 0
+        values = torch.stack([loss.double() for loss in self._losses]).tolist()
+        total = math.fsum(v * s for v, s in zip(values, self._samples, strict=True))
+        self._sums[0] += total
+        self._sums[1] += samples
+        self._sums[2] += len(values)
+        self._losses, self._samples = [], []
+        return total / samples, samples
+
+    def close(self, version: int) -> Report:
+        """The call of `train` ends: report what came back since the last report."""
+        self._read()
+        loss, samples, micro_batches = self._sums
+        self._sums = [0.0, 0, 0]
+        updates, self._version = version - self._version, version
+        return Report(
+            loss=loss / samples if samples else math.nan,
+            samples=int(samples),
+            micro_batches=int(micro_batches),
+            updates=updates,
+            seconds=time.perf_counter() - self._start,
+            skipped=int(sum(row.skipped for row in self.rows)),
+            staleness=tuple(row.staleness for row in self.rows),
+        )

@@ -1,0 +1,160 @@
+"""Schedules: the order of work on one stage, as data; nothing here knows of torch.
+
+A schedule yields what to do next: `Forward(i)`, `Backward(i)`, `Update()`. It is a generator that
+is told, in answer to each `Forward`, whether there was a micro-batch; `False` drains it. All three
+are one loop with two differences: how many micro-batches stay in flight behind a forward, and
+whether a mini-batch's end drains. Three stages, one slot an action (`draw` makes these):
+
+    gpipe     F0 F1 F2 F3 .  .  .  .  B0 B1 B2 B3
+              .  F0 F1 F2 F3 .  .  B0 B1 B2 B3 .
+              .  .  F0 F1 F2 F3 B0 B1 B2 B3 .  .
+
+    1f1b      F0 F1 F2 .  .  B0 F3 B1 .  B2 .  B3
+              .  F0 F1 .  B0 F2 B1 F3 B2 .  B3 .
+              .  .  F0 B0 F1 B1 F2 B2 F3 B3 .  .
+
+    stream    F0 F1 F2 .  .  B0 F3 B1 F4 B2 F5 B3 F6 B4 F7 …    the next mini-batch's forward
+              .  F0 F1 .  B0 F2 B1 F3 B2 F4 B3 F5 B4 F6 B5 …    fills what a flush leaves idle,
+              .  .  F0 B0 F1 B1 F2 B2 F3 B3 F4 B4 F5 B5 F6 …    and every B is followed by an update
+"""
+
+import math
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+
+__all__ = ["SCHEDULES", "Action", "Backward", "Forward", "Schedule", "Update", "depths", "draw"]
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """Run micro-batch `index` forward, if there is one."""
+
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class Backward:
+    """Take in what came back for micro-batch `index`, and run it backward."""
+
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """Move the weights."""
+
+
+Action = Forward | Backward | Update
+Actions = Generator[Action, bool, None]
+
+
+def depths(stages: int, slack: int | Sequence[int]) -> tuple[int, ...]:
+    """Micro-batches in flight behind a forward: d_j = d_{j+1} + 1 + s_j, and 0 at the last stage.
+
+    Raises:
+        ValueError: a slack that is negative, or a list that is not one number per hop.
+    """
+    hops = stages - 1
+    slacks = [slack] * hops if isinstance(slack, int) else list(slack)
+    if len(slacks) != hops or any(not isinstance(s, int) or s < 0 for s in slacks):
+        raise ValueError(
+            f"slack={slack!r}: give a whole number >= 0, or one for each of the {hops} hops "
+            f"between {stages} stages, as in {[1] * hops}"
+        )
+    result = [0]
+    for s in reversed(slacks):
+        result.append(result[-1] + 1 + s)
+    return tuple(reversed(result))
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A named order of work.
+
+    Args:
+        flushes: nothing stays in flight from one mini-batch to the next, so gradients are exact.
+        unbounded: all micro-batches of a mini-batch go forward before the first goes back.
+    """
+
+    name: str
+    flushes: bool
+    unbounded: bool = False
+
+    def depths(self, stages: int, slack: int | Sequence[int]) -> tuple[int, ...]:
+        """Each stage's micro-batches in flight behind a forward; slack is the stream's alone."""
+        return depths(stages, 0 if self.flushes else slack)
+
+    def actions(self, depth: float, update_every: int, start: int, stretch: int) -> Actions:
+        """The actions of one stretch: a mini-batch, or the stream from one drain to the next.
+
+        Args:
+            depth: micro-batches in flight behind a forward.
+            update_every: micro-batches (stream) or mini-batches (flushing) to an update.
+            start: the stretch's first micro-batch, counted since training began.
+            stretch: how many stretches came before.
+        """
+        depth = math.inf if self.unbounded else depth
+        forward = backward = start
+        more = True
+        while more or backward < forward:
+            if more and forward - backward <= depth:
+                more = yield Forward(forward)
+                forward += more
+            else:
+                yield Backward(backward)
+                backward += 1
+                if not self.flushes and backward % update_every == 0:
+                    yield Update()
+        if self.flushes and forward > start and (stretch + 1) % update_every == 0:
+            yield Update()
+
+
+SCHEDULES = {
+    "gpipe": Schedule("gpipe", flushes=True, unbounded=True),
+    "1f1b": Schedule("1f1b", flushes=True),
+    "stream": Schedule("stream", flushes=False),
+}
+
+
+def play(actions: Actions, micro_batches: int) -> Iterator[Action]:
+    """List a stretch's actions when exactly so many micro-batches come."""
+    action = next(actions)
+    while True:
+        there = not isinstance(action, Forward) or micro_batches > 0
+        if there:
+            yield action
+        micro_batches -= isinstance(action, Forward)
+        try:
+            action = actions.send(there)
+        except StopIteration:
+            return
+
+
+def draw(schedule: Schedule, stages: int, micro_batches: int, slack: int = 0) -> str:
+    """Draw one stretch as a staircase, a row a stage and a slot an action (updates take none).
+
+    A forward waits for the stage before, a backward for the stage after.
+    """
+    depth = schedule.depths(stages, slack)
+    queues = [
+        [a for a in play(schedule.actions(d, 1, 0, 0), micro_batches) if not isinstance(a, Update)]
+        for d in depth
+    ]
+    rows: list[list[str]] = [[] for _ in range(stages)]
+    done: set[tuple[type, int, int]] = set()
+    while any(queues):
+        slot = []
+        for j, queue in enumerate(queues):
+            ready = False
+            if queue:
+                action = queue[0]
+                kind, i = type(action), getattr(action, "index", 0)
+                source = j - 1 if kind is Forward else j + 1
+                ready = not 0 <= source < stages or (kind, source, i) in done
+            if ready:
+                slot.append((kind, j, i))
+                queue.pop(0)
+            rows[j].append(f"{'F' if kind is Forward else 'B'}{i}" if ready else ".")
+        done.update(slot)
+    width = max(len(cell) for row in rows for cell in row) + 1
+    return "\n".join("".join(cell.ljust(width) for cell in row).rstrip() for row in rows)

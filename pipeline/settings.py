@@ -1,0 +1,67 @@
+"""What every stage of a pipeline is told alike, and what it makes of it."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from .loss import Loss
+
+__all__ = ["OptimizerFactory", "SchedulerFactory", "Settings", "autocasting", "make_optimizers"]
+
+OptimizerFactory = Callable[[list[tuple[str, nn.Parameter]]], Optimizer | Sequence[Optimizer]]
+"""From a stage's (name, Parameter) pairs, its optimizer, or several."""
+
+SchedulerFactory = Callable[[Optimizer], LRScheduler]
+"""From an optimizer, its learning-rate scheduler, stepped once an update."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What every stage is told alike; `Pipeline` says what each means.
+
+    Args:
+        compile: keywords of torch.compile; None runs the layers as they are.
+        stops_on_nonfinite: raise at the first loss or gradient that is not finite, or skip.
+    """
+
+    loss_fn: Loss
+    optimizer: OptimizerFactory
+    scheduler: SchedulerFactory | None = None
+    update_every: int = 1
+    clip_grad_norm: float | None = None
+    autocast: torch.dtype | None = None
+    compile: dict[str, Any] | None = None
+    stops_on_nonfinite: bool = True
+
+
+def autocasting(dtype: torch.dtype | None, device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast to this dtype; None leaves every operation as it is."""
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
+
+
+def make_optimizers(
+    factory: OptimizerFactory, parameters: list[tuple[str, nn.Parameter]]
+) -> list[Optimizer]:
+    """Call the user's factory, unless there is nothing to train.
+
+    Raises:
+        TypeError: it gave something else than optimizers.
+    """
+    if not parameters:
+        return []
+    made = factory(parameters)
+    optimizers = list(made) if isinstance(made, Sequence) else [made]
+    for optimizer in optimizers:
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(
+                f"optimizer= gave a {type(optimizer).__name__}: it must be a function that takes "
+                "a list of (name, Parameter) pairs and gives a torch.optim.Optimizer, or a list "
+                "of them, as in optimizer=lambda params: torch.optim.SGD(params, lr=0.1)"
+            )
+    return optimizers

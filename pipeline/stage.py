@@ -1,0 +1,295 @@
+"""One stage: a group of layers, its weights, its optimizer, and the micro-batches in flight."""
+
+import copy
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from .gradient import Gradient, all_finite
+from .layers import Layers
+from .loss import check_loss
+from .nest import Nest, is_differentiable, leaves, map_tensors
+from .random_state import RandomState
+from .rules import Rule
+from .settings import Settings, autocasting, make_optimizers
+from .versions import Version
+
+__all__ = ["Flight", "Stage"]
+
+@dataclass
+class Flight:
+    """A micro-batch between its forward and its backward."""
+
+    index: int
+    samples: int
+    version: int
+    x: Nest
+    target: Nest
+    weights: Version | None
+    output: Nest = None
+    loss: Tensor | None = None
+    random: RandomState | None = None
+    finite: bool = True
+
+
+class Stage:
+    """One group of layers on its device.
+
+    The optimizer owns aliases of the weights: the same memory, with a version counter of its own.
+    Autograd therefore lets it move weights that micro-batches in flight still refer to, and what
+    their backward then sees is the rule's decision alone.
+
+    Args:
+        index: this stage is `index` of `count`.
+        depth: micro-batches in flight behind a forward.
+        layers: its layers, already on the device.
+        rule: copied, for a rule may keep state.
+        random: its random state; None is the global one, as a plain loop would use.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        count: int,
+        depth: int,
+        layers: Layers,
+        rule: Rule,
+        settings: Settings,
+        device: torch.device,
+        random: RandomState | None,
+    ) -> None:
+        self.index, self.count, self.depth = index, count, depth
+        self.layers, self.settings, self.device = layers, settings, device
+        self.is_first, self.is_last = index == 0, index == count - 1
+        self.update_every = settings.update_every
+        self.compiled, self.autocast = settings.compile is not None, settings.autocast is not None
+        self.trainable = {n: p for n, p in layers.named_parameters() if p.requires_grad}
+        self.owned = {name: nn.Parameter(p.data) for name, p in self.trainable.items()}
+        self.optimizers = make_optimizers(settings.optimizer, list(self.owned.items()))
+        make_scheduler = settings.scheduler
+        self.schedulers = [make_scheduler(o) for o in self.optimizers] if make_scheduler else []
+        self.flights: dict[int, Flight] = {}
+        self.gradient = Gradient()
+        self.version = self.skipped = 0
+        self.staleness: Counter[int] = Counter()
+        self.latest_staleness = 0.0
+        self._pristine_rule, self._random = rule, random
+        self._call = torch.compile(self._plain_call, **settings.compile) if (
+            settings.compile is not None) else self._plain_call
+        self._copies_input: bool | None = None
+        self._loss_is_checked = False
+        self._memory = {_memory(t) for t in (*layers.parameters(), *layers.buffers())}
+        self.rule = copy.deepcopy(rule)
+        self.rule.attach(self)
+
+    # The way of a micro-batch ------------------------------------------------------------------
+
+    def forward(self, index: int, x: Nest, target: Nest, samples: int) -> Nest:
+        """Run a micro-batch forward, and keep what its backward needs.
+
+        Args:
+            x: what the stage before gave, (samples, …); a tensor that requires a gradient there
+                does so here, as a leaf.
+            target: rides along to the last stage, which takes the loss.
+
+        Returns:
+            The output; its tensors require a gradient where one is to come back.
+        """
+        weights = self.rule.weights(self, index)
+        if weights is not None:
+            weights.users += 1
+        flight = Flight(index, samples, self.version, x, target if self.is_last else None, weights)
+        self.flights[index] = flight
+        with self._random.in_force() if self._random else nullcontext():
+            if self.rule.recomputes and self.depth:
+                flight.random = RandomState.capture(self.device)
+                with torch.no_grad():
+                    return map_tensors(self._promise(x), self._run(x))
+            self._run_with_graph(flight)
+        return map_tensors(self._unaliased, flight.output)
+
+    def backward(self, flight: Flight, gradients: Nest) -> list[Tensor | None]:
+        """Run a micro-batch backward, and add its gradient to the update's.
+
+        Args:
+            gradients: a list, one for each tensor of the output, None where it has none; the last
+                stage has its loss and needs none.
+
+        Returns:
+            A gradient for each tensor of the input, None where it has none. `flight.finite` tells
+            whether the loss and all gradients of weights are.
+        """
+        if flight.random is not None:
+            # BatchNorm saw this micro-batch already: its statistics move in copies.
+            buffers = {name: buffer.clone() for name, buffer in self.layers.named_buffers()}
+            with flight.random.in_force():
+                self._run_with_graph(flight, buffers)
+        if flight.loss is not None:
+            pairs = [(flight.loss, None)] if flight.loss.requires_grad else []
+        else:
+            both = zip(leaves(flight.output), gradients or [], strict=False)
+            pairs = [(t, g) for t, g in both if g is not None and t.requires_grad]
+        if pairs:
+            torch.autograd.backward([t for t, _ in pairs], [g for _, g in pairs])
+        flight.output = None
+        weights = flight.weights.leaves if flight.weights else self.trainable
+        taken = {name: _take_gradient(weight) for name, weight in weights.items()}
+        means = {name: gradient for name, gradient in taken.items() if gradient is not None}
+        losses = [] if flight.loss is None else [flight.loss]
+        flight.finite = all_finite([*means.values(), *losses])
+        self.gradient.add(means, flight.samples, flight.version, flight.finite)
+        return [_take_gradient(tensor) for tensor in leaves(flight.x)]
+
+    def release(self, flight: Flight) -> None:
+        """Let go of a micro-batch whose backward is done."""
+        del self.flights[flight.index]
+        if flight.weights is not None:
+            flight.weights.release()
+
+    def infer(self, x: Nest) -> Nest:
+        """Run forward on the newest weights without a gradient."""
+        with self._random.in_force() if self._random else nullcontext(), torch.no_grad():
+            return self._run(x)
+
+    def set_training(self, training: bool) -> None:
+        """Switch between the modes the user left the layers in, and evaluation."""
+        if training:
+            self.layers.resume_training_mode()
+        else:
+            self.layers.eval()
+
+    # Running the layers ------------------------------------------------------------------------
+
+    def _run_with_graph(self, flight: Flight, buffers: Mapping[str, Tensor] | None = None) -> None:
+        weights = flight.weights.leaves if flight.weights else None
+        flight.output = self._run(flight.x, weights, buffers)
+        if self.is_last:
+            flight.loss = self.take_loss(flight.output, flight.target)
+
+    def _run(
+        self,
+        x: Nest,
+        weights: Mapping[str, Tensor] | None = None,
+        buffers: Mapping[str, Tensor] | None = None,
+    ) -> Nest:
+        # A first layer that works in place must not meet autograd's leaf, nor change what replay
+        # will need: the first run tells whether copies are needed.
+        handed = x if self._copies_input is False else map_tensors(torch.clone, x)
+        with self.autocasting():
+            output: Nest = self._call(handed, weights, buffers)
+        if self._copies_input is None:
+            self._copies_input = any(tensor._version for tensor in leaves(handed))
+        return output
+
+    def _plain_call(
+        self, x: Nest, weights: Mapping[str, Tensor] | None, buffers: Mapping[str, Tensor] | None
+    ) -> Any:
+        if weights is None and buffers is None:
+            return self.layers(x)
+        return functional_call(self.layers, {**(weights or {}), **(buffers or {})}, (x,))
+
+    def take_loss(self, output: Nest, target: Nest) -> Tensor:
+        """The loss of an output, as a 0-d tensor; the first one is looked at (`check_loss`)."""
+        with self.autocasting():
+            if self._loss_is_checked:
+                return self.settings.loss_fn(output, target)
+            self._loss_is_checked = True
+            return check_loss(self.settings.loss_fn, output, target)
+
+    def autocasting(self) -> AbstractContextManager[Any]:
+        """Autocast, where it was asked for."""
+        return autocasting(self.settings.autocast, self.device)
+
+    def _promise(self, x: Nest) -> Callable[[Tensor], Tensor]:
+        """Mark the outputs of a forward without a graph that will take a gradient later."""
+        expects = bool(self.trainable) or any(tensor.requires_grad for tensor in leaves(x))
+        return lambda t: t.detach().requires_grad_(expects and is_differentiable(t))
+
+    def _unaliased(self, tensor: Tensor) -> Tensor:
+        """Copy an output that is one of the weights or buffers: it may move before it is sent."""
+        return tensor.clone() if _memory(tensor) in self._memory else tensor
+
+    # Updates -----------------------------------------------------------------------------------
+
+    def load_gradient(self) -> None:
+        """Hand the accumulated mean gradient to the optimizer."""
+        for name, value in self.gradient.mean().items():
+            self.owned[name].grad = value
+
+    def gradient_norm(self) -> Tensor:
+        """The 2-norm of the gradient that was loaded, 0-d."""
+        norm = get_total_norm([p.grad for p in self.owned.values() if p.grad is not None])
+        return norm.to(self.device)
+
+    def update(self, norm: Tensor | None = None, finite: bool = True) -> None:
+        """Move the weights on the gradient that was loaded, or skip; either makes a version.
+
+        Args:
+            norm: the gradient's norm over all stages, to clip by; None clips by this stage's own.
+            finite: whether the gradients of all stages that must agree are finite.
+        """
+        done, self.gradient = self.gradient, Gradient()
+        stale = [self.version - version for version in done.versions]
+        self.staleness.update(stale)
+        self.latest_staleness = sum(stale) / len(stale)
+        self.rule.before_update(self)
+        if finite and done.finite:
+            self._clip(norm)
+            for optimizer in self.optimizers:
+                optimizer.step()
+        else:
+            self.skipped += 1
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        for scheduler in self.schedulers:
+            scheduler.step()
+        self.version += 1
+
+    def _clip(self, norm: Tensor | None) -> None:
+        limit = self.settings.clip_grad_norm
+        if limit is not None and self.owned:
+            total = self.gradient_norm() if norm is None else norm
+            clip_grads_with_norm_(self.owned.values(), limit, total)
+
+    @property
+    def learning_rate(self) -> float:
+        """The first parameter group's learning rate; NaN on a stage with nothing to train."""
+        return float(self.optimizers[0].param_groups[0]["lr"]) if self.optimizers else math.nan
+
+    @property
+    def effective_learning_rate(self) -> float:
+        """η/(1−m), m being the momentum, or Adam's first beta: what the delay law bounds."""
+        if not self.optimizers:
+            return math.nan
+        group = self.optimizers[0].param_groups[0]
+        momentum = group.get("momentum", group.get("betas", (0.0,))[0])
+        return self.learning_rate / (1 - float(momentum))
+
+    # The weights as others see them ------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The weights and buffers of this stage, by the user's names, copied to the CPU."""
+        return {n: t.detach().to("cpu", copy=True) for n, t in self.layers.state_dict().items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take this stage's weights and buffers out of a whole model's."""
+        self.layers.load_state_dict({name: state[name] for name in self.layers.state_dict()})
+        self.rule = copy.deepcopy(self._pristine_rule)
+        self.rule.attach(self)
+
+
+def _take_gradient(leaf: Tensor) -> Tensor | None:
+    gradient, leaf.grad = leaf.grad, None
+    return gradient
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()

@@ -1,0 +1,75 @@
+"""Who takes part: the ranks that torchrun started, the store they share, their devices."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+from .errors import InputError, first_line
+
+__all__ = ["World", "choose_device", "meet"]
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those of its job; `local` counts those on one host."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    store: dist.Store
+
+
+def meet() -> World | None:
+    """Join the job that torchrun started; None where this process stands alone.
+
+    Raises:
+        InputError: the address to meet at cannot be had.
+    """
+    if not dist.is_initialized():
+        if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+            return None
+        try:
+            # It stays until this process exits: made a second time in one job, it would find
+            # the first one's keys in the store.
+            dist.init_process_group("gloo")
+        except dist.DistNetworkError as error:
+            address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            raise InputError(
+                f"the ranks cannot meet at {address}: {first_line(error)}; if another job holds "
+                "that port, choose another with torchrun --master-port, or use --standalone"
+            ) from error
+    rank, size = dist.get_rank(), dist.get_world_size()
+    return World(
+        rank=rank,
+        size=size,
+        local_rank=int(os.environ.get("LOCAL_RANK", rank)),
+        local_size=int(os.environ.get("LOCAL_WORLD_SIZE", size)),
+        store=distributed_c10d._get_default_store(),
+    )
+
+
+def choose_device(device: str | torch.device | None, world: World | None) -> tuple[torch.device, bool]:
+    """This process's device, and whether processes of this host share it.
+
+    Args:
+        device: None takes a GPU for each rank where there are enough, the CPU otherwise;
+            'cuda' deals the ranks of a host out over its GPUs; 'cuda:0', 'cpu' are taken as said.
+    """
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    local_rank, local_size = (world.local_rank, world.local_size) if world else (0, 1)
+    if device is None:
+        device = "cuda" if 0 < local_size <= gpus else "cpu"
+    chosen = torch.device(device)
+    if chosen.type == "cuda":
+        if not gpus:
+            raise ValueError(f"device={str(device)!r}: torch sees no GPU here; write device='cpu'")
+        shared = local_size > gpus if chosen.index is None else local_size > 1
+        index = local_rank % gpus if chosen.index is None else chosen.index
+        chosen = torch.device("cuda", index)
+        torch.cuda.set_device(chosen)
+        return chosen, shared
+    return chosen, local_size > 1 and chosen.type != "cpu"
