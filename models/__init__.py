@@ -1,0 +1,22 @@
+"""Reference networks: each a function that gives an `nn.Sequential` a pipeline can cut."""
+
+from .emulated import EmulatedLayer, emulated
+from .gpt import gpt
+from .losses import TokenCrossEntropy
+from .mlp import mlp
+from .resnet import resnet, resnet_cifar
+from .speech_dnn import speech_dnn
+from .vgg import vgg, vgg_cifar
+
+__all__ = [
+    "EmulatedLayer",
+    "TokenCrossEntropy",
+    "emulated",
+    "gpt",
+    "mlp",
+    "resnet",
+    "resnet_cifar",
+    "speech_dnn",
+    "vgg",
+    "vgg_cifar",
+]

@@ -1,0 +1,75 @@
+"""Emulated layers: they take a given time and almost no processor, so 8 stages fit 2 cores."""
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .checks import check_positive
+
+__all__ = ["EmulatedLayer", "emulated"]
+
+
+def emulated(
+    layers: int = 4, forward_ms: float = 10.0, backward_ms: float = 20.0, width: int = 8
+) -> nn.Sequential:
+    """`layers` equal `EmulatedLayer`s: (N, width) -> the same, and as long as the times say.
+
+    For measuring a pipeline's schedule apart from its arithmetic. Whatever the size of a
+    micro-batch, each layer takes the same time. For unequal layers, put `EmulatedLayer`s of
+    different times into an `nn.Sequential`.
+
+    Raises:
+        ValueError: `layers` or `width` below 1, or a negative time.
+    """
+    check_positive(layers=layers)
+    return nn.Sequential(*(EmulatedLayer(forward_ms, backward_ms, width) for _ in range(layers)))
+
+
+class EmulatedLayer(nn.Module):
+    """x · weight, after `forward_ms` milliseconds of sleep; its backward sleeps `backward_ms`.
+
+    (…, width) -> the same. `weight` has `width` numbers, 1 at first: something real to train.
+
+    It sleeps on the host. With CUDA tensors too: the device stays idle meanwhile, and what the
+    host would have queued ahead waits, so times measured there are those of a busy host, not of a
+    busy device.
+    """
+
+    def __init__(self, forward_ms: float, backward_ms: float, width: int) -> None:
+        super().__init__()
+        check_positive(width=width)
+        for name, value in (("forward_ms", forward_ms), ("backward_ms", backward_ms)):
+            if not 0.0 <= value < float("inf"):
+                raise ValueError(f"{name}={value!r}: give milliseconds, 0 or more")
+        self.forward_ms = forward_ms
+        self.backward_ms = backward_ms
+        self.weight = nn.Parameter(torch.empty(width))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        time.sleep(self.forward_ms / 1000)
+        scaled = x * self.weight
+        slept: Tensor = _SleepInBackward.apply(scaled, self.backward_ms / 1000)  # type: ignore[no-untyped-call]
+        return slept
+
+    def extra_repr(self) -> str:
+        return f"forward_ms={self.forward_ms}, backward_ms={self.backward_ms}"
+
+
+class _SleepInBackward(torch.autograd.Function):
+    """The identity, whose gradient arrives after `seconds`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, seconds: float) -> Tensor:
+        ctx.seconds = seconds
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        time.sleep(ctx.seconds)
+        return gradient, None

@@ -1,0 +1,43 @@
+"""Emulated layers take their time and have true gradients."""
+
+import time
+
+import torch
+
+from headrace.models import EmulatedLayer, emulated
+
+
+def test_forward_and_backward_take_at_least_the_given_time() -> None:
+    model, x = emulated(layers=3, forward_ms=10, backward_ms=20), torch.randn(2, 8)
+    start = time.perf_counter()
+    output = model(x)
+    middle = time.perf_counter()
+    output.sum().backward()  # the input needs no gradient, the first layer's weight does
+    end = time.perf_counter()
+    assert middle - start >= 3 * 0.010
+    assert end - middle >= 3 * 0.020
+
+
+def test_sleeping_uses_no_processor_time() -> None:
+    model, x = emulated(layers=2, forward_ms=50, backward_ms=100), torch.randn(2, 8)
+    model(x).sum().backward()  # the first backward starts torch's threads
+    start = time.process_time()
+    model(x).sum().backward()
+    assert time.process_time() - start < 0.1  # of 0.3 s
+
+
+def test_evaluation_sleeps_forward_too() -> None:
+    start = time.perf_counter()
+    with torch.no_grad():
+        emulated(layers=1, forward_ms=10).eval()(torch.randn(2, 8))
+    assert time.perf_counter() - start >= 0.010
+
+
+def test_gradients_are_those_of_the_product() -> None:
+    torch.manual_seed(0)
+    layer = EmulatedLayer(forward_ms=0, backward_ms=0, width=3).double()
+    x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.equal(layer.weight, torch.ones(3, dtype=torch.float64))
+    assert torch.autograd.gradcheck(layer, (x,))
+    layer(x).square().sum().backward()
+    torch.testing.assert_close(layer.weight.grad, (2 * x * x).sum(0).detach())
