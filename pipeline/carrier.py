@@ -1,7 +1,6 @@
 """How one tensor gets from one process to another: straight, through host memory, or by nccl."""
 
 import threading
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -9,7 +8,7 @@ from torch import Tensor
 
 from .message import TensorSpec
 
-__all__ = ["Carrier", "HostStaged", "Nccl", "carrier_for"]
+__all__ = ["Carrier", "HostStaged", "Nccl"]
 
 _issue = threading.Lock()
 """nccl calls of a process are issued one at a time."""
@@ -44,18 +43,15 @@ class Carrier:
         """Receive into a contiguous tensor of the CPU; the calling thread waits."""
         dist.recv(tensor.view(-1).view(torch.uint8), peer, group=self.group)
 
-    def empty(self, spec: TensorSpec) -> Tensor:
-        """Make room for a tensor to come."""
-        device = self.device if spec.accelerated else torch.device("cpu")
-        return torch.empty(spec.shape, dtype=spec.dtype, device=device)
-
     def send(self, tensor: Tensor, peer: int, ready: object) -> None:
         """Send a tensor once it is complete; the calling thread waits until it is gone."""
         self.send_host(tensor, peer)
 
-    def receive(self, tensor: Tensor, peer: int) -> None:
-        """Receive into a tensor; it is complete on return."""
+    def receive(self, spec: TensorSpec, peer: int) -> Tensor:
+        """Receive a tensor; it is complete on return."""
+        tensor = torch.empty(spec.shape, dtype=spec.dtype)
         self.receive_host(tensor, peer)
+        return tensor
 
 
 class HostStaged(Carrier):
@@ -80,16 +76,18 @@ class HostStaged(Carrier):
             tensor = host
         self.send_host(tensor, peer)
 
-    def receive(self, tensor: Tensor, peer: int) -> None:
-        if tensor.device.type != "cuda":
-            return self.receive_host(tensor, peer)
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    def receive(self, spec: TensorSpec, peer: int) -> Tensor:
+        if not spec.on_accelerator:
+            return super().receive(spec, peer)
+        host = torch.empty(spec.shape, dtype=spec.dtype, pin_memory=True)
         self.receive_host(host, peer)
+        tensor = torch.empty(spec.shape, dtype=spec.dtype, device=self.device)
         with torch.cuda.stream(self.stream):
             # The caching allocator may hand out memory that the default stream still reads.
             self.stream.wait_stream(torch.cuda.default_stream(self.device))
             tensor.copy_(host, non_blocking=True)
         self.stream.synchronize()
+        return tensor
 
 
 class Nccl(HostStaged):
@@ -103,11 +101,10 @@ class Nccl(HostStaged):
 
     def warm_up(self, peer: int, sends: bool) -> None:
         super().warm_up(peer, sends)
-        number = torch.zeros(1, device=self.device)
         if sends:
-            self.send(number, peer, self.mark())
+            self.send(torch.zeros(1, device=self.device), peer, self.mark())
         else:
-            self.receive(number, peer)
+            self.receive(TensorSpec(torch.float32, (1,), False, True), peer)
 
     def send(self, tensor: Tensor, peer: int, ready: object) -> None:
         if tensor.device.type != "cuda":
@@ -118,31 +115,18 @@ class Nccl(HostStaged):
                 work = dist.isend(tensor.contiguous(), peer, group=self.tensors)
             self._finish(work)
 
-    def receive(self, tensor: Tensor, peer: int) -> None:
-        if tensor.device.type != "cuda":
-            return self.receive_host(tensor, peer)
+    def receive(self, spec: TensorSpec, peer: int) -> Tensor:
+        if not spec.on_accelerator:
+            return Carrier.receive(self, spec, peer)
+        tensor = torch.empty(spec.shape, dtype=spec.dtype, device=self.device)
         with torch.cuda.stream(self.stream):
             self.stream.wait_stream(torch.cuda.default_stream(self.device))
             with _issue:
                 work = dist.irecv(tensor, peer, group=self.tensors)
             self._finish(work)
+        return tensor
 
     def _finish(self, work: dist.Work | None) -> None:
         if work is not None:
             work.wait()
         self.stream.synchronize()
-
-
-def carrier_for(
-    device: torch.device,
-    shared_device: bool,
-    pair: list[int],
-    group: dist.ProcessGroup,
-    timeout: timedelta,
-) -> Carrier:
-    """Choose how tensors travel between a pair of ranks; every rank calls it, in one order."""
-    if device.type == "cpu":
-        return Carrier(device, group)
-    if shared_device or not dist.is_nccl_available():
-        return HostStaged(device, group)
-    return Nccl(device, group, dist.new_group(pair, timeout=timeout, backend="nccl"))

@@ -210,7 +210,8 @@ class Engine:
             stage.release(flight)
         if not flight.finite and stage.settings.stops_on_nonfinite:
             self._stop_on(flight, gradients)
-        row = Row(stage.latest_staleness, self.busy_seconds, stage.skipped).numbers()
+        clock = time.perf_counter()
+        row = Row(stage.latest_staleness, self.busy_seconds, clock, stage.skipped).numbers()
         if stage.is_first:
             rows = Row.read(row + numbers)
             self.books.note(loss, flight.samples, rows, stage.version, stage.learning_rate)

@@ -1,29 +1,45 @@
-"""What travels between two stages, and its header: integers that say all but the tensors' bytes."""
+"""What travels between two stages, and its frame: the bytes that say all but the large tensors.
+
+A frame is a row of int64 codes (kind, micro-batch, numbers, the body's structure, each tensor's
+dtype and shape) with the bytes of the small tensors behind it. Its first `HEADER` bytes are sent
+first, for a receiver must know how much to expect; most frames are no longer than that.
+"""
 
 import struct
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 import torch
 from torch import Tensor
 
-from .nest import Nest, flatten
+from .nest import Nest, flatten, unflatten
 
-__all__ = ["HEADER", "Kind", "Message", "TensorSpec", "decode", "encode"]
+__all__ = [
+    "HEADER",
+    "Kind",
+    "Message",
+    "TensorSpec",
+    "complete",
+    "decode",
+    "encode",
+    "frame_bytes",
+]
 
-HEADER = 128
-"""Integers in a header; a longer one goes on in a second tensor (`encode`)."""
+HEADER = 4096
+"""Bytes of a frame that are sent first."""
+
+SMALL = 2048
+"""Bytes up to which a tensor of the CPU travels in the frame."""
 
 
 class Kind(IntEnum):
-    """Downstream: a call begins, a micro-batch, the call ends. Upstream: what came of one.
+    """Downstream: a call begins, a micro-batch, measure the links, the call ends.
 
-    VALUE and ECHO go both ways: a value folded over the stages, a measurement of the link.
-    CLOSE is a channel's last message.
+    Upstream: what came of a micro-batch. VALUE and ECHO go both ways: a value folded over the
+    stages, a measurement of a link. CLOSE is a channel's last message.
     """
 
-    BEGIN, MICRO_BATCH, END, RESULT, VALUE, ECHO, TUNE, CLOSE = range(8)
+    BEGIN, MICRO_BATCH, TUNE, END, RESULT, VALUE, ECHO, CLOSE = range(8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +49,7 @@ class Message:
     Args:
         index: the micro-batch, or the call that begins.
         last: the micro-batch is the last of its mini-batch.
-        numbers: what is known to the host and travels in the header.
+        numbers: what is known to the host.
         body: a nest of tensors; those that require a gradient do so at the receiver too.
     """
 
@@ -51,7 +67,17 @@ class TensorSpec:
     dtype: torch.dtype
     shape: tuple[int, ...]
     requires_grad: bool
-    accelerated: bool
+    on_accelerator: bool
+
+    @property
+    def bytes(self) -> int:
+        """Its size."""
+        return int(torch.Size(self.shape).numel()) * self.dtype.itemsize
+
+    @property
+    def in_frame(self) -> bool:
+        """Whether it travels in the frame."""
+        return not self.bytes or (self.bytes <= SMALL and not self.on_accelerator)
 
 
 _DTYPES = (
@@ -61,39 +87,86 @@ _DTYPES = (
 _CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
 
 
-def encode(message: Message) -> tuple[list[int], list[Tensor]]:
-    """Write a message as integers (the first is how many they are) and its tensors.
+def encode(message: Message) -> tuple[Tensor, list[Tensor]]:
+    """Write a message as a frame, uint8 (bytes,), and the tensors that follow it.
 
     Raises:
-        TypeError: a dtype that cannot travel, or no nest of tensors (`nest.flatten`).
+        TypeError: a dtype or layout that cannot travel, or no nest of tensors (`nest.flatten`).
     """
     tensors, structure = flatten(message.body)
-    codes = [0, message.kind, message.index, message.last, len(message.numbers)]
-    codes += struct.unpack(f"{len(message.numbers)}q", struct.pack(f"{len(message.numbers)}d",
-                                                                   *message.numbers))
+    numbers = struct.pack(f"{len(message.numbers)}d", *message.numbers)
+    codes = [0, message.kind, message.index, message.last]
+    codes += [len(message.numbers), *struct.unpack(f"{len(message.numbers)}q", numbers)]
     codes += [len(structure), *structure, len(tensors)]
+    small, large = [], []
     for tensor in tensors:
-        if tensor.dtype not in _CODES or tensor.layout is not torch.strided:
-            raise TypeError(
-                f"a {tensor.layout} tensor of {tensor.dtype} cannot travel between stages: "
-                f"give a dense tensor of one of {', '.join(str(d)[6:] for d in _DTYPES)}"
-            )
-        flags = tensor.requires_grad + 2 * (tensor.device.type != "cpu")
-        codes += [_CODES[tensor.dtype], flags, tensor.dim(), *tensor.shape]
-    codes[0] = len(codes)
-    return codes, tensors
+        spec = _specify(tensor)
+        codes += [_CODES[spec.dtype], spec.requires_grad + 2 * spec.on_accelerator]
+        codes += [tensor.dim(), *tensor.shape]
+        (small if spec.in_frame else large).append(tensor.detach())
+    head = torch.tensor(codes).view(torch.uint8)
+    frame = torch.cat([head, *(_padded(_bytes(tensor)) for tensor in small)])
+    frame[:8].view(torch.int64)[0] = len(frame)
+    return frame, large
 
 
-def decode(codes: Sequence[int]) -> tuple[Message, tuple[int, ...], list[TensorSpec]]:
-    """Read what `encode` wrote: the message without its body, the body's structure and tensors."""
-    it = iter(codes)
-    _, kind, index, last, count = (next(it) for _ in range(5))
-    bits = struct.pack(f"{count}q", *(next(it) for _ in range(count)))
-    numbers = struct.unpack(f"{count}d", bits)
-    structure = tuple(next(it) for _ in range(next(it)))
+def _specify(tensor: Tensor) -> TensorSpec:
+    if tensor.dtype not in _CODES or tensor.layout is not torch.strided:
+        raise TypeError(
+            f"a {tensor.layout} tensor of {tensor.dtype} cannot travel between stages: give a "
+            f"dense tensor of one of {', '.join(str(d).removeprefix('torch.') for d in _DTYPES)}"
+        )
+    on_accelerator = tensor.device.type != "cpu"
+    return TensorSpec(tensor.dtype, tuple(tensor.shape), tensor.requires_grad, on_accelerator)
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(-1).view(torch.uint8)
+
+
+def _padded(data: Tensor) -> Tensor:
+    """Fill up to whole int64s, so that what follows is aligned."""
+    return torch.nn.functional.pad(data, (0, -len(data) % 8))
+
+
+def frame_bytes(header: Tensor) -> int:
+    """The length of the frame that a header, uint8 (HEADER,), begins."""
+    return int(header[:8].view(torch.int64))
+
+
+def decode(frame: Tensor) -> tuple[Message, tuple[int, ...], list[Tensor | TensorSpec]]:
+    """Read a frame: the message without its body, the body's structure, and its tensors.
+
+    Those that follow the frame are given as what must be known to receive them.
+    """
+    codes = iter(frame[: len(frame) // 8 * 8].view(torch.int64).tolist())
+    used = 0
+
+    def take(count: int) -> list[int]:
+        nonlocal used
+        used += count
+        return [next(codes) for _ in range(count)]
+
+    _, kind, index, last, count = take(5)
+    numbers = struct.unpack(f"{count}d", struct.pack(f"{count}q", *take(count)))
+    structure = tuple(take(take(1)[0]))
     specs = []
-    for _ in range(next(it)):
-        dtype, flags, dims = next(it), next(it), next(it)
-        shape = tuple(next(it) for _ in range(dims))
-        specs.append(TensorSpec(_DTYPES[dtype], shape, bool(flags & 1), bool(flags & 2)))
-    return Message(Kind(kind), index, bool(last), numbers), structure, specs
+    for _ in range(take(1)[0]):
+        dtype, flags, dims = take(3)
+        specs.append(TensorSpec(_DTYPES[dtype], tuple(take(dims)), bool(flags & 1), bool(flags & 2)))
+    tensors: list[Tensor | TensorSpec] = []
+    place = used * 8
+    for spec in specs:
+        if spec.in_frame:
+            # A copy: tensors that shared the frame's memory would share one version counter.
+            data = frame[place : place + spec.bytes].clone().view(spec.dtype).view(spec.shape)
+            tensors.append(data.requires_grad_(spec.requires_grad))
+            place += spec.bytes + -spec.bytes % 8
+        else:
+            tensors.append(spec)
+    return Message(Kind(kind), index, bool(last), numbers), structure, tensors
+
+
+def complete(message: Message, structure: tuple[int, ...], tensors: list[Tensor]) -> Message:
+    """Put the tensors into a message that `decode` gave."""
+    return replace(message, body=unflatten(tensors, structure))

@@ -210,11 +210,14 @@ class Pipeline:
         return result
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Drain, then give the whole model's weights and buffers, by its own names, on the CPU."""
-        if self._driver is None:
+        """Drain, then give the whole model's weights and buffers, by its own names, on the CPU.
+
+        The update that `close` may still make is not in it; alone, `model` itself has it then.
+        """
+        if self._driver is None or (self._closed and self._world is None):
             return {n: t.detach().to("cpu", copy=True) for n, t in self._model.state_dict().items()}
         result: dict[str, Tensor] = self._run(Call.STATE_DICT)
-        return result
+        return {name: tensor.clone() for name, tensor in result.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Drain, then take the weights and buffers of a whole model, by its own names.

@@ -104,17 +104,22 @@ class StageStatistics:
 
 @dataclass(frozen=True)
 class Row:
-    """A stage's figures as they ride up to the first stage with each gradient."""
+    """A stage's figures as they ride up to the first stage with each gradient.
+
+    Args:
+        clock: seconds, on the stage's own clock, at which they were taken.
+    """
 
     staleness: float
     busy_seconds: float
+    clock: float
     skipped: float
 
-    WIDTH = 3
+    WIDTH = 4
 
     def numbers(self) -> tuple[float, ...]:
         """Write it as numbers, for a header."""
-        return (self.staleness, self.busy_seconds, self.skipped)
+        return (self.staleness, self.busy_seconds, self.clock, self.skipped)
 
     @classmethod
     def read(cls, numbers: Sequence[float]) -> "list[Row]":
@@ -126,7 +131,7 @@ class Books:
     """The first stage's account of losses; they stay on the device until the log interval."""
 
     def __init__(self, stages: int) -> None:
-        self.rows = [Row(0.0, 0.0, 0.0)] * stages
+        self.rows = [Row(0.0, 0.0, 0.0, 0.0)] * stages
         self.log: Callable[[Progress], None] | None = None
         self.log_every = 50
         self._fed = 0
@@ -135,12 +140,12 @@ class Books:
         self._sums = [0.0, 0, 0]
         self._start = self._last = time.perf_counter()
         self._version = 0
-        self._busy = [0.0] * stages
+        self._rows = self.rows
 
     def begin(self) -> None:
         """A call of `train` begins; what was drained in between counts for it."""
         self._start = self._last = time.perf_counter()
-        self._busy = [row.busy_seconds for row in self.rows]
+        self._rows = self.rows
 
     def note(self, loss: Tensor, samples: int, rows: list[Row], version: int, rate: float) -> None:
         """A micro-batch's loss (0-d, on the device) has come back."""
@@ -158,9 +163,11 @@ class Books:
         loss, samples = self._read()
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
-        busy = [row.busy_seconds for row in self.rows]
-        shares = tuple((b - a) / seconds for a, b in zip(self._busy, busy, strict=True))
-        self._busy = busy
+        shares = tuple(
+            (new.busy_seconds - old.busy_seconds) / max(new.clock - old.clock, 1e-9)
+            for old, new in zip(self._rows, self.rows, strict=True)
+        )
+        self._rows = self.rows
         staleness = tuple(row.staleness for row in self.rows)
         if self.log:
             rate_of_samples = samples / seconds
@@ -185,6 +192,7 @@ class Books:
     def close(self, version: int) -> Report:
         """The call of `train` ends: report what came back since the last report."""
         self._read()
+        self.log = None
         loss, samples, micro_batches = self._sums
         self._sums = [0.0, 0, 0]
         updates, self._version = version - self._version, version

@@ -2,8 +2,8 @@
 
 A channel goes one way. `Outbox.send` never blocks: it hands the message to a thread that keeps the
 tensors until they are gone. `Inbox.poll` gives the next message, or None: a thread receives ahead
-of the computation, at most two messages far. What goes over a process group is, in order: a header
-of `HEADER` integers, the rest of a long one, each tensor. Nothing is pickled.
+of the computation, at most two messages far. What goes over a process group is, in order: the
+frame's header, the rest of a long one, each large tensor. Nothing is pickled.
 """
 
 import threading
@@ -18,9 +18,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .carrier import Carrier, carrier_for
-from .message import HEADER, Kind, Message, decode, encode
-from .nest import map_tensors, unflatten
+from .carrier import Carrier, HostStaged, Nccl
+from .message import HEADER, Kind, Message, TensorSpec, complete, decode, encode, frame_bytes
+from .nest import map_tensors
+from .shared_memory import SharedMemory
 
 __all__ = ["Inbox", "Links", "LocalChannel", "Outbox", "connect", "connect_locally"]
 
@@ -119,7 +120,7 @@ def connect(
     for above, below in zip(ranks, ranks[1:], strict=False):
         for source, target in ((above, below), (below, above)):
             group = dist.new_group([above, below], timeout=FOREVER, backend="gloo")
-            carrier = carrier_for(device, shared_device, [above, below], group, FOREVER)
+            carrier = _choose_carrier(device, shared_device, [above, below], group)
             if rank not in (source, target):
                 continue
             downward = source == above
@@ -140,6 +141,17 @@ def connect(
     return links
 
 
+def _choose_carrier(
+    device: torch.device, shared_device: bool, pair: list[int], group: dist.ProcessGroup
+) -> Carrier:
+    """How tensors travel between a pair of ranks; every rank calls it, in one order."""
+    if device.type == "cpu":
+        return SharedMemory(device, group)
+    if shared_device or not dist.is_nccl_available():
+        return HostStaged(device, group)
+    return Nccl(device, group, dist.new_group(pair, timeout=FOREVER, backend="nccl"))
+
+
 class _Sender(threading.Thread):
     """Sends messages one after the other."""
 
@@ -148,32 +160,32 @@ class _Sender(threading.Thread):
     ) -> None:
         super().__init__(name=f"headrace-send-{peer}", daemon=True)
         self._carrier, self._peer, self._on_lost = carrier, peer, on_lost
-        self._queue: SimpleQueue[tuple[Kind, Tensor, Tensor | None, list[Tensor], object]] = (
-            SimpleQueue()
-        )
+        self._queue: SimpleQueue[tuple[Kind, Tensor, list[Tensor], object]] = SimpleQueue()
         self.start()
 
     def send(self, message: Message) -> None:
-        codes, tensors = encode(message)
-        rest = torch.tensor(codes[HEADER:]) if len(codes) > HEADER else None
-        header = torch.tensor((codes + [0] * HEADER)[:HEADER])
-        ready = self._carrier.mark()
-        self._queue.put((message.kind, header, rest, [t.detach() for t in tensors], ready))
+        frame, tensors = encode(message)
+        self._queue.put((message.kind, frame, tensors, self._carrier.mark()))
 
     def run(self) -> None:
         try:
             kind = None
             while kind is not Kind.CLOSE:
-                kind, header, rest, tensors, ready = self._queue.get()
-                self._carrier.send_host(header, self._peer)
-                if rest is not None:
-                    self._carrier.send_host(rest, self._peer)
+                kind, frame, tensors, ready = self._queue.get()
+                self._carrier.send_host(_header(frame), self._peer)
+                if len(frame) > HEADER:
+                    self._carrier.send_host(frame[HEADER:], self._peer)
                 for tensor in tensors:
-                    if tensor.numel():
-                        self._carrier.send(tensor, self._peer, ready)
+                    self._carrier.send(tensor, self._peer, ready)
                 del tensors
         except Exception as error:  # whatever the backend raises, the neighbour is out of reach
             self._on_lost(self._peer, error)
+
+
+def _header(frame: Tensor) -> Tensor:
+    header = torch.zeros(HEADER, dtype=torch.uint8)
+    header[: len(frame)] = frame[:HEADER]
+    return header
 
 
 class _Receiver(threading.Thread):
@@ -211,18 +223,16 @@ class _Receiver(threading.Thread):
             self._on_lost(self._peer, error)
 
     def _receive(self) -> Message:
-        header = torch.empty(HEADER, dtype=torch.int64)
-        self._carrier.receive_host(header, self._peer)
-        codes = header.tolist()
-        if codes[0] > HEADER:
-            rest = torch.empty(codes[0] - HEADER, dtype=torch.int64)
+        frame = torch.empty(HEADER, dtype=torch.uint8)
+        self._carrier.receive_host(frame, self._peer)
+        size = frame_bytes(frame)
+        if size > HEADER:
+            rest = torch.empty(size - HEADER, dtype=torch.uint8)
             self._carrier.receive_host(rest, self._peer)
-            codes += rest.tolist()
-        message, structure, specs = decode(codes[: codes[0]])
-        tensors = []
-        for spec in specs:
-            tensor = self._carrier.empty(spec)
-            if tensor.numel():
-                self._carrier.receive(tensor, self._peer)
-            tensors.append(tensor.requires_grad_(spec.requires_grad))
-        return replace(message, body=unflatten(tensors, structure))
+            frame = torch.cat([frame, rest])
+        message, structure, parts = decode(frame[:size])
+        tensors = [part if isinstance(part, Tensor) else self._receive_large(part) for part in parts]
+        return complete(message, structure, tensors)
+
+    def _receive_large(self, spec: TensorSpec) -> Tensor:
+        return self._carrier.receive(spec, self._peer).requires_grad_(spec.requires_grad)
