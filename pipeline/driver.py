@@ -55,7 +55,8 @@ class Alone:
         except Exception as error:
             layer = layer_at_fault(error)
             where = f"layer {layer}, {engine.doing}" if layer else engine.doing
-            error.add_note(f"headrace: in stage {engine.stage.index} of {len(self.engines)}, {where}")
+            stage = f"stage {engine.stage.index} of {len(self.engines)}"
+            error.add_note(f"headrace: in {stage}, {where}")
             raise
 
 

@@ -15,17 +15,17 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import IntEnum
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from .finite import explain
 from .message import Kind, Message
-from .microbatch import join, samples
+from .microbatch import join
 from .nest import Nest, to_device, total_bytes
 from .report import Books, Report, Row, StageStatistics
-from .schedule import SCHEDULES, Action, Actions, Backward, Forward, Schedule, Update, depths
+from .schedule import SCHEDULES, Action, Actions, Backward, Forward, Schedule, depths
 from .slack import choose_slack
 from .stage import Flight, Stage
 from .transport import Inbox, Links
@@ -58,7 +58,7 @@ Steps = Generator[Done | None, None, Any]
 
 
 class Stretch:
-    """A schedule's actions from nothing in flight to nothing in flight, as far as they have come."""
+    """A schedule's actions from nothing in flight to nothing in flight, so far as they came."""
 
     def __init__(self, actions: Actions) -> None:
         self._actions = actions
@@ -184,7 +184,7 @@ class Engine:
         self.trained += 1
         with self._working():
             x, target = self._input(message)
-            output = self.stage.forward(message.index, x, target, samples(x))
+            output = self.stage.forward(message.index, x, target, int(message.numbers[0]))
         self._hop_bytes = total_bytes(output)
         if not self.stage.is_last:
             self._send_down(replace(message, body=(output, target)))
@@ -193,31 +193,37 @@ class Engine:
         assert isinstance(message.body, tuple)
         x, target = message.body
         if self.stage.is_first:
-            x, target = to_device(x, self.stage.device), to_device(target, self.stage.device)
+            # A loader may fill its tensors anew while they are in flight: they need copies then.
+            device, copy = self.stage.device, self.stage.depth > 0
+            x, target = to_device(x, device, copy), to_device(target, device, copy)
         return x, target
 
     def _backward(self, index: int) -> Steps:
         stage, flight = self.stage, self.stage.flights[index]
-        loss, gradients, numbers = flight.loss, None, ()
+        gradients: list[Tensor | None] = []
+        numbers: tuple[float, ...] = ()
         if not stage.is_last:
             self.doing = f"waiting for the gradient of micro-batch {index}"
             reply = yield from self._take(self.links.from_downstream)
-            assert reply.index == index and isinstance(reply.body, tuple)
-            (loss, gradients), numbers = reply.body, reply.numbers
+            assert reply.index == index
+            flight.loss, gradients = cast(tuple[Tensor, list[Tensor | None]], reply.body)
+            numbers = reply.numbers
         self.doing = f"backward of micro-batch {index}"
         with self._working():
             returned = stage.backward(flight, gradients)
             stage.release(flight)
         if not flight.finite and stage.settings.stops_on_nonfinite:
             self._stop_on(flight, gradients)
+        loss = flight.loss
+        assert loss is not None
         clock = time.perf_counter()
         row = Row(stage.latest_staleness, self.busy_seconds, clock, stage.skipped).numbers()
         if stage.is_first:
             rows = Row.read(row + numbers)
             self.books.note(loss, flight.samples, rows, stage.version, stage.learning_rate)
         else:
-            reply = Message(Kind.RESULT, index, numbers=row + numbers, body=(loss, returned))
-            self.links.to_upstream.send(reply)
+            body: Nest = (loss.detach(), [*returned])
+            self._send_up(Message(Kind.RESULT, index, numbers=row + numbers, body=body))
 
     def _update(self) -> Steps:
         stage = self.stage
@@ -238,14 +244,17 @@ class Engine:
         matters = settings.clip_grad_norm is not None or not settings.stops_on_nonfinite
         return self.schedule.flushes and self.stage.count > 1 and matters
 
-    def _stop_on(self, flight: Flight, gradients: Nest) -> None:
+    def _stop_on(self, flight: Flight, gradients: list[Tensor | None]) -> None:
         stage = self.stage
         reason = explain(stage, flight, gradients)
-        if reason is not None:
+        if reason is None:
+            # What the stage before gave was at fault: with this loss it will look, and say so.
+            flight.loss = torch.full((), math.nan, device=stage.device)
+        else:
             raise FloatingPointError(
                 f"stage {stage.index} of {stage.count}, micro-batch {flight.index}: {reason}. "
                 f"Staleness {stage.version - flight.version} updates, effective learning rate "
-                f"η/(1−m) = {stage.effective_learning_rate:.3g}. Try a lower learning rate (what "
+                f"η/(1-m) = {stage.effective_learning_rate:.3g}. Try a lower learning rate (what "
                 "a delay allows falls as 1/(2τ+1)), clip_grad_norm=1.0, or on_nonfinite='skip'"
             )
 
@@ -271,8 +280,9 @@ class Engine:
 
     def _predict(self) -> Steps:
         """The outputs of all micro-batches, joined, on the CPU of every stage."""
-        replies = yield from self._infer(lambda output, target: output)
-        return join([to_device(reply.body, torch.device("cpu")) for reply in replies])
+        cpu = torch.device("cpu")
+        replies = yield from self._infer(lambda output, target: to_device(output, cpu))
+        return join([reply.body for reply in replies])
 
     def _infer(self, finish: Callable[[Nest, Nest], Nest]) -> Steps:
         """Run what the first stage feeds, forward only; the last stage's replies ride back."""
@@ -285,13 +295,14 @@ class Engine:
         while there:
             message = yield from self._take(self.links.from_upstream)
             there = message.kind is Kind.MICRO_BATCH
-            own = self._infer_one(message, finish) if there else self._send_down(message)
+            own = self._infer_one(message, finish) if there else None
+            if not there:
+                self._send_down(message)
             for action in stretch.after(there):
                 if isinstance(action, Backward):
                     reply = own or (yield from self._take(self.links.from_downstream))
                     replies.append(reply)
-                    if not stage.is_first:
-                        self.links.to_upstream.send(reply)
+                    self._send_up(reply)
         return replies
 
     def _infer_one(self, message: Message, finish: Callable[[Nest, Nest], Nest]) -> Message | None:
@@ -300,9 +311,9 @@ class Engine:
         with torch.no_grad():
             output = self.stage.infer(x)
             if self.stage.is_last:
-                size = float(samples(x))
-                return Message(Kind.RESULT, message.index, False, (size,), finish(output, target))
-        return self._send_down(replace(message, body=(output, target)))
+                return replace(message, kind=Kind.RESULT, body=finish(output, target))
+        self._send_down(replace(message, body=(output, target)))
+        return None
 
     # Other calls -------------------------------------------------------------------------------
 
@@ -343,7 +354,8 @@ class Engine:
 
     def _measure_hop(self) -> Steps:
         """Seconds, one way, for a message as large as the last output: the median of a few."""
-        ping = Message(Kind.ECHO, body=torch.zeros(self._hop_bytes, dtype=torch.uint8, device=self.stage.device))
+        body = torch.zeros(self._hop_bytes, dtype=torch.uint8, device=self.stage.device)
+        ping = Message(Kind.ECHO, body=body)
         seconds = []
         for _ in range(1 + PINGS):  # the first one waits until the next stage is listening
             start = time.perf_counter()
@@ -366,7 +378,11 @@ class Engine:
         if self.links.to_downstream is not None:
             self.links.to_downstream.send(message)
 
-    def _fold(self, value: Nest, combine: Callable[[Any, Any], Any]) -> Steps:
+    def _send_up(self, message: Message) -> None:
+        if self.links.to_upstream is not None:
+            self.links.to_upstream.send(message)
+
+    def _fold(self, value: Any, combine: Callable[[Any, Any], Any]) -> Steps:
         """Combine every stage's value, in the stages' order, and give the result to every stage.
 
         A stage that waits here returns the echoes that the one before measures its link with.
@@ -374,13 +390,12 @@ class Engine:
         stage, links = self.stage, self.links
         if not stage.is_first:
             while (above := (yield from self._take(links.from_upstream))).kind is Kind.ECHO:
-                links.to_upstream.send(above)
+                self._send_up(above)
             value = combine(above.body, value)
         if not stage.is_last:
             self._send_down(Message(Kind.VALUE, body=value))
             value = (yield from self._take(links.from_downstream)).body
-        if not stage.is_first:
-            links.to_upstream.send(Message(Kind.VALUE, body=value))
+        self._send_up(Message(Kind.VALUE, body=value))
         return value
 
     @contextmanager

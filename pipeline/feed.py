@@ -36,7 +36,7 @@ def begin(call: Call) -> Iterator[Message]:
 def feed(
     call: Call, batches: Iterable[tuple[Nest, Nest]], parts: int, start: int, tune_at: int | None
 ) -> Iterator[Message]:
-    """The messages of a call over a loader: begin, each micro-batch, end.
+    """The messages of a call over a loader: begin, each micro-batch with its samples, end.
 
     Args:
         parts: micro-batches to a mini-batch.
@@ -49,7 +49,8 @@ def feed(
         for k, piece in enumerate(pieces):
             if start == tune_at:
                 yield Message(Kind.TUNE)
-            yield Message(Kind.MICRO_BATCH, start, last=k == len(pieces) - 1, body=piece)
+            last, size = k == len(pieces) - 1, (float(samples(piece)),)
+            yield Message(Kind.MICRO_BATCH, start, last, size, piece)
             start += 1
     yield Message(Kind.END)
 

@@ -1,18 +1,20 @@
 """Say where something that is not finite came from: run the micro-batch again, layer by layer."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from .layers import named_layers
 from .nest import Nest, is_differentiable, leaves, map_tensors
 from .stage import Flight, Stage
 
 __all__ = ["explain"]
 
 
-def explain(stage: Stage, flight: Flight, gradients: Nest) -> str | None:
+def explain(stage: Stage, flight: Flight, gradients: Sequence[Tensor | None]) -> str | None:
     """Name the first layer at fault of a micro-batch whose loss or gradient is not finite.
 
     Args:
@@ -27,21 +29,23 @@ def explain(stage: Stage, flight: Flight, gradients: Nest) -> str | None:
     inputs: list[Nest] = []
     x = flight.x
     with torch.no_grad(), stage.autocasting():
-        for name, layer in stage.layers.named_children():
+        for name, layer in named_layers(stage.layers):
             inputs.append(map_tensors(torch.detach, x))
             x = _call(stage, flight, name, layer, map_tensors(torch.clone, x))
             if not _finite(x):
                 return f"the output of {_title(name, layer)} is not finite, its input is"
     if stage.is_last and not _finite(stage.take_loss(x, flight.target)):
         return "the loss is not finite, the model's output is: look at the loss and the targets"
-    if not stage.is_last and not _finite(gradients):
+    if not _finite([*gradients]):
         return "the gradient from the next stage is not finite"
     return _explain_backward(stage, flight, inputs, gradients)
 
 
-def _explain_backward(stage: Stage, flight: Flight, inputs: list[Nest], gradients: Nest) -> str:
-    layers = list(stage.layers.named_children())
-    upstream: list[Any] = list(gradients) if isinstance(gradients, list) else []
+def _explain_backward(
+    stage: Stage, flight: Flight, inputs: list[Nest], gradients: Sequence[Tensor | None]
+) -> str:
+    layers = named_layers(stage.layers)
+    upstream: list[Any] = [*gradients]
     for (name, layer), x in zip(reversed(layers), reversed(inputs), strict=True):
         x = map_tensors(lambda t: t.requires_grad_(is_differentiable(t)), x)
         handed = map_tensors(torch.clone, x)
@@ -67,11 +71,16 @@ def _explain_backward(stage: Stage, flight: Flight, inputs: list[Nest], gradient
 
 def _weights(stage: Stage, flight: Flight, name: str) -> dict[str, Tensor]:
     source = flight.weights.leaves if flight.weights else stage.trainable
-    return {n.removeprefix(f"{name}."): w for n, w in source.items() if n.startswith(f"{name}.")}
+    return {
+        place.removeprefix(f"{name}."): source[first]
+        for place, first in stage.places.items()
+        if place.startswith(f"{name}.") and first in source
+    }
 
 
 def _call(stage: Stage, flight: Flight, name: str, layer: nn.Module, x: Nest) -> Nest:
-    result: Nest = functional_call(layer, _weights(stage, flight, name), (x,))
+    weights = _weights(stage, flight, name)
+    result: Nest = functional_call(layer, weights, (x,), tie_weights=False)
     return result
 
 

@@ -6,9 +6,14 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-__all__ = ["Layers", "layer_at_fault", "materialise"]
+__all__ = ["Layers", "layer_at_fault", "materialise", "named_layers", "places_of"]
+
+
+def named_layers(model: nn.Sequential) -> list[tuple[str, nn.Module]]:
+    """A Sequential's layers; one that occurs twice (a shared ReLU) is there twice."""
+    return list(zip(model._modules, model, strict=True))
 
 
 class Layers(nn.Sequential):
@@ -20,14 +25,31 @@ class Layers(nn.Sequential):
 
     def forward(self, x: Any) -> Any:
         # The traceback of an error finds `name` here: see `layer_at_fault`.
-        for name, layer in self._modules.items():
-            x = layer(x)  # type: ignore[misc]
+        for name, layer in zip(self._modules, self, strict=True):  # noqa: B007
+            x = layer(x)
         return x
 
     def resume_training_mode(self) -> None:
         """Put every module into the mode the user left it in (a frozen BatchNorm stays so)."""
         for name, module in self.named_modules():
             module.training = self._modes[name]
+
+
+def places_of(module: nn.Module) -> dict[str, str]:
+    """The name of every place that holds a weight or buffer, to the first name of its tensor.
+
+    A tied tensor has several places. A module that occurs twice has its places once: it is the
+    reason not to leave ties to `functional_call`, which puts such a module's weights back wrongly.
+    """
+    first: dict[int, str] = {}
+    places = {}
+    for path, part in module.named_modules():
+        held = {**part._parameters, **part._buffers}
+        for name, tensor in held.items():
+            if tensor is not None:
+                place = f"{path}.{name}" if path else name
+                places[place] = first.setdefault(id(tensor), place)
+    return places
 
 
 def layer_at_fault(error: BaseException) -> str | None:
@@ -54,7 +76,8 @@ def materialise(name: str, layer: nn.Module, seed: int, device: torch.device) ->
     number = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7], "big")
     with torch.random.fork_rng():
         torch.manual_seed(number)
-        for path, module in layer.named_modules():
+        # The inner ones first: an outer one may give its parts weights of its own choice.
+        for path, module in reversed(list(layer.named_modules())):
             reset = getattr(module, "reset_parameters", None)
             if callable(reset):
                 reset()

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from .errors import InputError, first_line
-from .layers import materialise
+from .layers import materialise, named_layers
 from .loss import check_loss
 from .nest import Nest, describe, leaves, map_tensors, to_device, total_bytes
 from .partition import LayerCost
@@ -35,7 +35,8 @@ def measure(
     gradient of its input, and is measured without.
 
     Args:
-        x: (samples, …), the model's input; target: what the loss takes with its output.
+        x: (samples, …), the model's input.
+        target: what the loss takes with its output; None leaves the loss out.
         seed: for layers on the meta device.
 
     Raises:
@@ -46,11 +47,11 @@ def measure(
         torch.manual_seed(seed)
         x = to_device(map_tensors(torch.detach, x), device)
         target = to_device(target, device)
-        names = [name for name, _ in model.named_children()]
-        for name, layer in model.named_children():
-            layer = copy.deepcopy(layer)
+        layers = named_layers(model)
+        for name, original in layers:
+            layer = copy.deepcopy(original)
             materialise(name, layer, seed, device)
-            loss_target = (target,) if name == names[-1] else ()
+            loss_target = (target,) if name == layers[-1][0] and target is not None else ()
             probes.append(_Probe(name, layer.to(device), x, loss_target, settings, device))
             x = probes[-1].try_out()
         for _ in range(rounds):
@@ -94,7 +95,11 @@ class _Probe:
             with autocasting(self.settings.autocast, self.device):
                 check_loss(self.settings.loss_fn, output, target)
         self.works_in_place = any(t._version for t in leaves(handed))
-        self.bytes = total_bytes(output)
+        try:
+            self.bytes = total_bytes(output)
+        except TypeError as error:
+            kind = type(self.layer).__name__
+            raise InputError(f"after layer {self.name!r} ({kind}): {error}") from error
         return map_tensors(lambda t: t.detach().requires_grad_(t.requires_grad), output)
 
     def time(self) -> None:

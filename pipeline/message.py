@@ -1,13 +1,15 @@
 """What travels between two stages, and its frame: the bytes that say all but the large tensors.
 
 A frame is a row of int64 codes (kind, micro-batch, numbers, the body's structure, each tensor's
-dtype and shape) with the bytes of the small tensors behind it. Its first `HEADER` bytes are sent
+dtype and shape), the bytes of the small tensors, and a note on each large one. Its first `HEADER` bytes are sent
 first, for a receiver must know how much to expect; most frames are no longer than that.
 """
 
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,10 +17,13 @@ from torch import Tensor
 from .nest import Nest, flatten, unflatten
 
 __all__ = [
+    "BY_WIRE",
     "HEADER",
     "Kind",
     "Message",
+    "Note",
     "TensorSpec",
+    "add_notes",
     "complete",
     "decode",
     "encode",
@@ -80,6 +85,23 @@ class TensorSpec:
         return not self.bytes or (self.bytes <= SMALL and not self.on_accelerator)
 
 
+class Note(NamedTuple):
+    """Where a sender put a large tensor, for a receiver on the same host (`shared_memory`).
+
+    Args:
+        process, file: the sender's process, and its descriptor there.
+        slot_bytes, slot: the size of the file's slots, and which one; slot −1: it comes by wire.
+    """
+
+    process: int
+    file: int
+    slot_bytes: int
+    slot: int
+
+
+BY_WIRE = Note(0, 0, 0, -1)
+_NOTE = 8 * len(BY_WIRE)
+
 _DTYPES = (
     torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32,
     torch.int16, torch.int8, torch.uint8, torch.bool, torch.complex64, torch.complex128,
@@ -103,11 +125,18 @@ def encode(message: Message) -> tuple[Tensor, list[Tensor]]:
         spec = _specify(tensor)
         codes += [_CODES[spec.dtype], spec.requires_grad + 2 * spec.on_accelerator]
         codes += [tensor.dim(), *tensor.shape]
-        (small if spec.in_frame else large).append(tensor.detach())
+        (small if spec.in_frame else large).append(tensor.detach().resolve_conj().resolve_neg())
     head = torch.tensor(codes).view(torch.uint8)
-    frame = torch.cat([head, *(_padded(_bytes(tensor)) for tensor in small)])
+    notes = torch.zeros(_NOTE * len(large), dtype=torch.uint8)
+    frame = torch.cat([head, *(_padded(_bytes(tensor)) for tensor in small), notes])
     frame[:8].view(torch.int64)[0] = len(frame)
     return frame, large
+
+
+def add_notes(frame: Tensor, notes: Sequence[Note]) -> None:
+    """Write into a frame where its large tensors are."""
+    if notes:
+        frame[-_NOTE * len(notes) :].view(torch.int64).copy_(torch.tensor(notes).view(-1))
 
 
 def _specify(tensor: Tensor) -> TensorSpec:
@@ -134,10 +163,12 @@ def frame_bytes(header: Tensor) -> int:
     return int(header[:8].view(torch.int64))
 
 
-def decode(frame: Tensor) -> tuple[Message, tuple[int, ...], list[Tensor | TensorSpec]]:
+def decode(
+    frame: Tensor,
+) -> tuple[Message, tuple[int, ...], list[Tensor | tuple[TensorSpec, Note]]]:
     """Read a frame: the message without its body, the body's structure, and its tensors.
 
-    Those that follow the frame are given as what must be known to receive them.
+    The large ones are given as what must be known to get them.
     """
     codes = iter(frame[: len(frame) // 8 * 8].view(torch.int64).tolist())
     used = 0
@@ -154,8 +185,10 @@ def decode(frame: Tensor) -> tuple[Message, tuple[int, ...], list[Tensor | Tenso
     for _ in range(take(1)[0]):
         dtype, flags, dims = take(3)
         specs.append(TensorSpec(_DTYPES[dtype], tuple(take(dims)), bool(flags & 1), bool(flags & 2)))
-    tensors: list[Tensor | TensorSpec] = []
+    tensors: list[Tensor | tuple[TensorSpec, Note]] = []
     place = used * 8
+    large = sum(not spec.in_frame for spec in specs)
+    notes = iter(frame[len(frame) - _NOTE * large :].view(torch.int64).view(-1, 4).tolist())
     for spec in specs:
         if spec.in_frame:
             # A copy: tensors that shared the frame's memory would share one version counter.
@@ -163,7 +196,7 @@ def decode(frame: Tensor) -> tuple[Message, tuple[int, ...], list[Tensor | Tenso
             tensors.append(data.requires_grad_(spec.requires_grad))
             place += spec.bytes + -spec.bytes % 8
         else:
-            tensors.append(spec)
+            tensors.append((spec, Note(*next(notes))))
     return Message(Kind(kind), index, bool(last), numbers), structure, tensors
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 __all__ = ["Nest", "Structure", "describe", "flatten", "leaves", "map_tensors", "unflatten"]
 
-Nest: TypeAlias = "Tensor | None | tuple[Nest, ...] | list[Nest] | dict[str, Nest]"
+Nest: TypeAlias = "Tensor | tuple[Nest, ...] | list[Nest] | dict[str, Nest] | None"
 Structure: TypeAlias = tuple[int, ...]
 """A nest without its tensors, in preorder; it travels in a message's header as it is."""
 
@@ -44,8 +44,9 @@ def _walk(nest: Nest, tensors: list[Tensor], structure: list[int]) -> None:
             structure += (len(name), *name)
             _walk(item, tensors, structure)
     else:
+        text = " ".join(repr(nest).split())[:60]
         raise TypeError(
-            f"found a {type(nest).__name__} ({nest!r:.60}) where a tensor was expected: between "
+            f"found a {type(nest).__name__} ({text}) where a tensor was expected: between "
             "layers, and from a loader, only tensors travel, and plain tuples, lists and dicts "
             "(with string keys) of tensors; make it a tensor, or keep it inside a layer"
         )
@@ -107,9 +108,11 @@ def total_bytes(nest: Nest) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in leaves(nest))
 
 
-def to_device(nest: Nest, device: torch.device) -> Nest:
-    """Move a nest to a device."""
-    return map_tensors(lambda tensor: tensor.to(device, non_blocking=True), nest)
+def to_device(nest: Nest, device: torch.device, copy: bool = False) -> Nest:
+    """Move a nest to a device; `copy` even if it is there already."""
+    # To the CPU the host waits: it would otherwise read what has not arrived.
+    goes_on = device.type != "cpu"
+    return map_tensors(lambda t: t.to(device, non_blocking=goes_on, copy=copy), nest)
 
 
 __all__ += ["is_differentiable", "to_device", "total_bytes"]

@@ -6,6 +6,9 @@ from dataclasses import asdict, dataclass
 from itertools import accumulate, pairwise
 
 from torch import nn
+from torch.nn.parameter import is_lazy
+
+from .layers import named_layers
 
 __all__ = ["Balance", "LayerCost", "Partition", "check_model", "count", "cut", "partition"]
 
@@ -75,8 +78,8 @@ def check_model(model: nn.Module, stages: int) -> None:
     """Refuse a model that cannot be cut into so many stages.
 
     Raises:
-        TypeError: it is no nn.Sequential.
-        ValueError: it has fewer layers than there are stages.
+        TypeError: it is no nn.Sequential, or one with a forward of its own.
+        ValueError: it has fewer layers than there are stages, or lazy ones.
     """
     if not isinstance(model, nn.Sequential):
         raise TypeError(
@@ -84,19 +87,30 @@ def check_model(model: nn.Module, stages: int) -> None:
             "layers; write the model as nn.Sequential(first, second, …), each layer taking what "
             "the one before gives"
         )
+    if type(model).forward is not nn.Sequential.forward:
+        raise TypeError(
+            f"model is a {type(model).__name__} with a forward() of its own, which would not run: "
+            "a pipeline calls the layers one after the other; move what it does into layers"
+        )
     if len(model) < stages:
-        names = ", ".join(f"{n} ({type(m).__name__})" for n, m in model.named_children())
+        names = ", ".join(f"{n} ({type(m).__name__})" for n, m in named_layers(model))
         raise ValueError(
             f"{len(model)} layers cannot make {stages} stages, the layers being {names or 'none'}: "
             "take fewer stages, or write a large layer as several"
         )
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise ValueError(
+                f"{name!r} has no shape yet, its layer being lazy: run the model once on a sample, "
+                "or give the layer its sizes"
+            )
 
 
 def count(model: nn.Sequential) -> tuple[LayerCost, ...]:
     """Each layer's name, class and number of parameters, without running anything."""
     return tuple(
         LayerCost(name, type(layer).__name__, sum(p.numel() for p in layer.parameters()))
-        for name, layer in model.named_children()
+        for name, layer in named_layers(model)
     )
 
 
@@ -141,7 +155,7 @@ def _sizes(stages: int, balance: Balance, layers: Sequence[LayerCost]) -> tuple[
     if balance == "parameters":
         # A layer without parameters still has a little weight, so that none is piled up for free.
         return cut([layer.parameters + 1e-3 for layer in layers], stages)
-    if isinstance(balance, str) or len(balance) != stages:
+    if isinstance(balance, str | int) or len(balance) != stages:
         raise ValueError(
             f"balance={balance!r} for {stages} stages: write 'time', 'parameters', the number of "
             f"layers of each of the {stages} stages, or the name of each stage's first layer"

@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -214,7 +214,7 @@ class Pipeline:
 
         The update that `close` may still make is not in it; alone, `model` itself has it then.
         """
-        if self._driver is None or (self._closed and self._world is None):
+        if self._is_unbuilt("state_dict()") or (self._closed and self._world is None):
             return {n: t.detach().to("cpu", copy=True) for n, t in self._model.state_dict().items()}
         result: dict[str, Tensor] = self._run(Call.STATE_DICT)
         return {name: tensor.clone() for name, tensor in result.items()}
@@ -226,7 +226,7 @@ class Pipeline:
             RuntimeError: a name that is missing, unknown, or whose shape differs.
         """
         with self._reporting("loading weights"):
-            if self._driver is None:
+            if self._is_unbuilt("load_state_dict()"):
                 self._model.load_state_dict(state)
                 return
             self._run(Call.DRAIN)
@@ -326,9 +326,8 @@ class Pipeline:
 
     def _open(self, loader: Iterable[Any], pairs_only: bool) -> Iterator[tuple[Nest, Nest]]:
         """Read a loader's first mini-batch, on the first stage, and build the stages if need be."""
-        if self._closed:
-            raise RuntimeError("this pipeline is closed: build a new one")
-        with self._reporting("reading the loader's first mini-batch"):
+        self._require_open()
+        with self._reporting("reading the loader's first mini-batch"), _gradients():
             if not self.is_first:
                 if self.partition is None:
                     self._measure_and_cut(None)
@@ -342,9 +341,8 @@ class Pipeline:
     def _measure_and_cut(self, batch: tuple[Nest, Nest] | None) -> None:
         """The first rank measures on the first micro-batch; all ranks cut alike."""
         if batch is not None:
-            micro_batch = split(batch, self._micro_batches)[0]
-            assert isinstance(micro_batch, tuple)
-            costs = measure(self._model, *micro_batch, self._settings, self._device, self._seed)
+            x, target = cast(tuple[Nest, Nest], split(batch, self._micro_batches)[0])
+            costs = measure(self._model, x, target, self._settings, self._device, self._seed)
             result = partition(self._model, self.stages, "time", costs)
             if self._watch is not None:
                 self._watch.share("partition", result.to_json())
@@ -398,8 +396,26 @@ class Pipeline:
     def _run(self, call: Call, messages: Iterator[Message] | None = None) -> Any:
         driver = self._driver
         assert driver is not None
-        with self._reporting(lambda: driver.engines[0].doing):
-            return driver.run(call, messages or begin(call))
+        if call is not Call.CLOSE:
+            self._require_open()
+        with self._reporting(lambda: driver.engines[0].doing), _gradients():
+            try:
+                return driver.run(call, messages or begin(call))
+            except BaseException:
+                self._closed = self._closed or self._watch is None
+                raise
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise RuntimeError(
+                "this pipeline has ended, by close() or by an earlier error: build a new one"
+            )
+
+    def _is_unbuilt(self, what: str) -> bool:
+        """Whether the weights are those of the user's model still; it must have some then."""
+        if self._driver is None and any(t.is_meta for t in self._model.state_dict().values()):
+            self._require_built(what)
+        return self._driver is None
 
     def _require_built(self, what: str) -> None:
         if self._driver is None:
@@ -420,6 +436,13 @@ class Pipeline:
                 else:
                     self._watch.fail_by(error, doing if isinstance(doing, str) else doing())
             raise
+
+
+@contextmanager
+def _gradients() -> Iterator[None]:
+    """Record gradients even for a caller who does not: a drain inside `no_grad` still trains."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
 
 
 def _end(reference: "weakref.ref[Pipeline]") -> None:

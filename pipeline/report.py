@@ -172,7 +172,7 @@ class Books:
         if self.log:
             rate_of_samples = samples / seconds
             self.log(
-                Progress(self._fed, self._sums[1], loss, rate_of_samples, staleness, shares,
+                Progress(self._fed, int(self._sums[1]), loss, rate_of_samples, staleness, shares,
                          version, rate)
             )  # fmt: skip
 

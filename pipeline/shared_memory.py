@@ -16,13 +16,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .carrier import Carrier
-from .message import TensorSpec
+from .message import BY_WIRE, Note, TensorSpec
 
 __all__ = ["SharedMemory"]
 
 SLOTS = 64
 PAGE = mmap.ALLOCATIONGRANULARITY
-_BY_GLOO = -1
 
 
 class _Arena:
@@ -90,7 +89,7 @@ class SharedMemory(Carrier):
             word = secrets.randbits(60)
             if probe:
                 probe.view(0, 8)[:] = word.to_bytes(8, "little")
-            self.send_host(_note(probe, word), peer)
+            self.send_host(torch.tensor(_note(probe, word)), peer)
             self.receive_host(answer, peer)
         else:
             note = torch.empty(4, dtype=torch.int64)
@@ -99,29 +98,23 @@ class SharedMemory(Carrier):
             self.send_host(answer, peer)
         self._shares = bool(answer)
 
-    def send(self, tensor: Tensor, peer: int, ready: object) -> None:
-        if not self._shares:
-            return super().send(tensor, peer, ready)
+    def place(self, tensor: Tensor) -> Note:
+        """Copy a tensor into a free slot, if there is one."""
         size = tensor.numel() * tensor.element_size()
+        if not self._shares:
+            return BY_WIRE
         if self._arena is None or self._arena.slot_bytes < size:
             self._arena = _make_arena(size)
-        arena = self._arena
-        slot = arena.take() if arena else None
-        if arena is None or slot is None:
-            self.send_host(_note(None, _BY_GLOO), peer)
-            return super().send(tensor, peer, ready)
-        flat = torch.frombuffer(arena.view(slot, size), dtype=tensor.dtype)
+        slot = self._arena.take() if self._arena else None
+        if self._arena is None or slot is None:
+            return BY_WIRE
+        flat = torch.frombuffer(self._arena.view(slot, size), dtype=tensor.dtype)
         flat.view(tensor.shape).copy_(tensor)
-        self.send_host(_note(arena, slot), peer)
+        return _note(self._arena, slot)
 
-    def receive(self, spec: TensorSpec, peer: int) -> Tensor:
-        if not self._shares:
-            return super().receive(spec, peer)
-        note = torch.empty(4, dtype=torch.int64)
-        self.receive_host(note, peer)
-        process, file, slot_bytes, slot = note.tolist()
-        if slot == _BY_GLOO:
-            return super().receive(spec, peer)
+    def reach(self, spec: TensorSpec, note: Note) -> Tensor:
+        """Give a tensor that lives in the slot; the slot is free when the last view is gone."""
+        process, file, slot_bytes, slot = note
         if self._arena is None or self._arena.slot_bytes != slot_bytes:
             self._arena = _Arena.open(process, file, slot_bytes)
         view = self._arena.view(slot, spec.bytes)
@@ -129,10 +122,9 @@ class SharedMemory(Carrier):
         return torch.frombuffer(view, dtype=spec.dtype).view(spec.shape)
 
 
-def _note(arena: _Arena | None, slot: int) -> Tensor:
+def _note(arena: _Arena | None, slot: int) -> Note:
     """Where a tensor is: the sender's process, its file there, the slots' size, the slot."""
-    where = [os.getpid(), arena.file, arena.slot_bytes] if arena else [0, 0, 0]
-    return torch.tensor([*where, slot])
+    return Note(os.getpid(), arena.file, arena.slot_bytes, slot) if arena else BY_WIRE
 
 
 def _make_arena(least: int) -> _Arena | None:

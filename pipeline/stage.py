@@ -3,7 +3,7 @@
 import copy
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,7 @@ from torch.func import functional_call
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from .gradient import Gradient, all_finite
-from .layers import Layers
+from .layers import Layers, places_of
 from .loss import check_loss
 from .nest import Nest, is_differentiable, leaves, map_tensors
 from .random_state import RandomState
@@ -23,6 +23,7 @@ from .settings import Settings, autocasting, make_optimizers
 from .versions import Version
 
 __all__ = ["Flight", "Stage"]
+
 
 @dataclass
 class Flight:
@@ -72,6 +73,7 @@ class Stage:
         self.update_every = settings.update_every
         self.compiled, self.autocast = settings.compile is not None, settings.autocast is not None
         self.trainable = {n: p for n, p in layers.named_parameters() if p.requires_grad}
+        self.places = places_of(layers)
         self.owned = {name: nn.Parameter(p.data) for name, p in self.trainable.items()}
         self.optimizers = make_optimizers(settings.optimizer, list(self.owned.items()))
         make_scheduler = settings.scheduler
@@ -82,8 +84,9 @@ class Stage:
         self.staleness: Counter[int] = Counter()
         self.latest_staleness = 0.0
         self._pristine_rule, self._random = rule, random
-        self._call = torch.compile(self._plain_call, **settings.compile) if (
-            settings.compile is not None) else self._plain_call
+        self._call = self._plain_call
+        if settings.compile is not None:
+            self._call = torch.compile(self._plain_call, **settings.compile)
         self._copies_input: bool | None = None
         self._loss_is_checked = False
         self._memory = {_memory(t) for t in (*layers.parameters(), *layers.buffers())}
@@ -116,12 +119,13 @@ class Stage:
             self._run_with_graph(flight)
         return map_tensors(self._unaliased, flight.output)
 
-    def backward(self, flight: Flight, gradients: Nest) -> list[Tensor | None]:
+    def backward(self, flight: Flight, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Run a micro-batch backward, and add its gradient to the update's.
 
         Args:
-            gradients: a list, one for each tensor of the output, None where it has none; the last
-                stage has its loss and needs none.
+            flight: its loss is the last stage's own; the others' came with the gradients.
+            gradients: one for each tensor of the output, None where it has none; the last stage
+                has its loss and needs none.
 
         Returns:
             A gradient for each tensor of the input, None where it has none. `flight.finite` tells
@@ -132,19 +136,19 @@ class Stage:
             buffers = {name: buffer.clone() for name, buffer in self.layers.named_buffers()}
             with flight.random.in_force():
                 self._run_with_graph(flight, buffers)
-        if flight.loss is not None:
-            pairs = [(flight.loss, None)] if flight.loss.requires_grad else []
-        else:
-            both = zip(leaves(flight.output), gradients or [], strict=False)
-            pairs = [(t, g) for t, g in both if g is not None and t.requires_grad]
-        if pairs:
-            torch.autograd.backward([t for t, _ in pairs], [g for _, g in pairs])
+        loss = [] if flight.loss is None else [flight.loss]
+        tops: list[tuple[Tensor, Any]] = [(tensor, None) for tensor in loss]
+        if not self.is_last:
+            tops = [*zip(leaves(flight.output), gradients, strict=True)]
+            tops = [(tensor, gradient) for tensor, gradient in tops if gradient is not None]
+        tops = [(tensor, gradient) for tensor, gradient in tops if tensor.requires_grad]
+        if tops:
+            torch.autograd.backward([t for t, _ in tops], [g for _, g in tops])
         flight.output = None
         weights = flight.weights.leaves if flight.weights else self.trainable
         taken = {name: _take_gradient(weight) for name, weight in weights.items()}
         means = {name: gradient for name, gradient in taken.items() if gradient is not None}
-        losses = [] if flight.loss is None else [flight.loss]
-        flight.finite = all_finite([*means.values(), *losses])
+        flight.finite = all_finite([*means.values(), *loss])
         self.gradient.add(means, flight.samples, flight.version, flight.finite)
         return [_take_gradient(tensor) for tensor in leaves(flight.x)]
 
@@ -161,6 +165,8 @@ class Stage:
 
     def set_training(self, training: bool) -> None:
         """Switch between the modes the user left the layers in, and evaluation."""
+        # Some work in place in one mode only, as dropout does.
+        self._copies_input = None
         if training:
             self.layers.resume_training_mode()
         else:
@@ -194,7 +200,9 @@ class Stage:
     ) -> Any:
         if weights is None and buffers is None:
             return self.layers(x)
-        return functional_call(self.layers, {**(weights or {}), **(buffers or {})}, (x,))
+        tensors = {**(weights or {}), **(buffers or {})}
+        placed = {p: tensors[name] for p, name in self.places.items() if name in tensors}
+        return functional_call(self.layers, placed, (x,), tie_weights=False)
 
     def take_loss(self, output: Nest, target: Nest) -> Tensor:
         """The loss of an output, as a 0-d tensor; the first one is looked at (`check_loss`)."""
@@ -211,7 +219,9 @@ class Stage:
     def _promise(self, x: Nest) -> Callable[[Tensor], Tensor]:
         """Mark the outputs of a forward without a graph that will take a gradient later."""
         expects = bool(self.trainable) or any(tensor.requires_grad for tensor in leaves(x))
-        return lambda t: t.detach().requires_grad_(expects and is_differentiable(t))
+        return lambda t: (
+            self._unaliased(t).detach().requires_grad_(expects and is_differentiable(t))
+        )
 
     def _unaliased(self, tensor: Tensor) -> Tensor:
         """Copy an output that is one of the weights or buffers: it may move before it is sent."""
@@ -266,7 +276,7 @@ class Stage:
 
     @property
     def effective_learning_rate(self) -> float:
-        """η/(1−m), m being the momentum, or Adam's first beta: what the delay law bounds."""
+        """η/(1-m), m being the momentum, or Adam's first beta: what the delay law bounds."""
         if not self.optimizers:
             return math.nan
         group = self.optimizers[0].param_groups[0]
@@ -292,4 +302,4 @@ def _take_gradient(leaf: Tensor) -> Tensor | None:
 
 
 def _memory(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+    return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else id(tensor)

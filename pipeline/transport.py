@@ -19,7 +19,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .carrier import Carrier, HostStaged, Nccl
-from .message import HEADER, Kind, Message, TensorSpec, complete, decode, encode, frame_bytes
+from .message import (
+    BY_WIRE,
+    HEADER,
+    Kind,
+    Message,
+    Note,
+    TensorSpec,
+    add_notes,
+    complete,
+    decode,
+    encode,
+    frame_bytes,
+)
 from .nest import map_tensors
 from .shared_memory import SharedMemory
 
@@ -172,11 +184,14 @@ class _Sender(threading.Thread):
             kind = None
             while kind is not Kind.CLOSE:
                 kind, frame, tensors, ready = self._queue.get()
+                notes = [self._carrier.place(tensor) for tensor in tensors]
+                add_notes(frame, notes)
                 self._carrier.send_host(_header(frame), self._peer)
                 if len(frame) > HEADER:
                     self._carrier.send_host(frame[HEADER:], self._peer)
-                for tensor in tensors:
-                    self._carrier.send(tensor, self._peer, ready)
+                for tensor, note in zip(tensors, notes, strict=True):
+                    if note == BY_WIRE:
+                        self._carrier.send(tensor, self._peer, ready)
                 del tensors
         except Exception as error:  # whatever the backend raises, the neighbour is out of reach
             self._on_lost(self._peer, error)
@@ -231,8 +246,12 @@ class _Receiver(threading.Thread):
             self._carrier.receive_host(rest, self._peer)
             frame = torch.cat([frame, rest])
         message, structure, parts = decode(frame[:size])
-        tensors = [part if isinstance(part, Tensor) else self._receive_large(part) for part in parts]
+        tensors = [part if isinstance(part, Tensor) else self._get_large(*part) for part in parts]
         return complete(message, structure, tensors)
 
-    def _receive_large(self, spec: TensorSpec) -> Tensor:
-        return self._carrier.receive(spec, self._peer).requires_grad_(spec.requires_grad)
+    def _get_large(self, spec: TensorSpec, note: Note) -> Tensor:
+        if note == BY_WIRE:
+            tensor = self._carrier.receive(spec, self._peer)
+        else:
+            tensor = self._carrier.reach(spec, note)
+        return tensor.requires_grad_(spec.requires_grad)

@@ -19,6 +19,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 
 from .errors import InputError, first_line
 from .layers import layer_at_fault
@@ -73,7 +74,7 @@ class Watch:
 
     def __init__(
         self,
-        store: dist.Store,
+        store: Store,
         job: str,
         rank: int,
         names: list[str],
@@ -82,7 +83,8 @@ class Watch:
     ) -> None:
         self.bell = threading.Event()
         self.failure: Failure | None = None
-        self._store = dist.PrefixStore(f"headrace/{job}", store.clone())
+        mine = store.clone()  # type: ignore[attr-defined]
+        self._store = PrefixStore(f"headrace/{job}", mine)
         self._rank, self._names, self._timeout, self._pulse = rank, names, timeout, pulse
         self._interval = min(0.5, min(timeout) / 5)
         self._lock = threading.RLock()

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch.distributed import distributed_c10d
+from torch.distributed import Store, distributed_c10d  # type: ignore[attr-defined]
 
 from .errors import InputError, first_line
 
@@ -20,7 +20,7 @@ class World:
     size: int
     local_rank: int
     local_size: int
-    store: dist.Store
+    store: Store
 
 
 def meet() -> World | None:
@@ -52,7 +52,9 @@ def meet() -> World | None:
     )
 
 
-def choose_device(device: str | torch.device | None, world: World | None) -> tuple[torch.device, bool]:
+def choose_device(
+    device: str | torch.device | None, world: World | None
+) -> tuple[torch.device, bool]:
     """This process's device, and whether processes of this host share it.
 
     Args:

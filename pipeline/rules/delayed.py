@@ -26,7 +26,7 @@ Predictor = Callable[[Tensor, Tensor, int], Tensor]
 
 
 def extrapolate(weight: Tensor, before: Tensor, staleness: int) -> Tensor:
-    """ŵ = w + τ (w_t − w_{t−1}): the last update, τ times over (SpecTrain, from weights)."""
+    """ŵ = w + τ (w_t - w_{t-1}): the last update, τ times over (SpecTrain, from weights)."""
     return weight + staleness * (weight - before)
 
 
