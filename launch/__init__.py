@@ -1,0 +1,3 @@
+"""The command line: training a pipeline, and planning its partition, from a YAML file."""
+
+__all__: list[str] = []

@@ -1,0 +1,179 @@
+"""From a configuration to objects: the model, the data, the pipeline."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from headrace.pipeline import Pipeline
+from headrace.pipeline.schedule import SCHEDULES
+from headrace.pipeline.settings import Settings
+
+from .components import Component, build, call, find
+from .config import Config
+
+__all__ = [
+    "expected_staleness",
+    "make_loader",
+    "make_loss",
+    "make_metrics",
+    "make_model",
+    "make_pipeline",
+    "make_settings",
+    "samples_per_epoch",
+    "updates",
+    "uses_total",
+]
+
+Metric = Callable[[Any, Any], Tensor]
+
+
+def make_model(config: Config) -> nn.Sequential:
+    """The model, its first weights from the seed: the same on every rank."""
+    torch.manual_seed(config.seed)
+    model: nn.Sequential = call("model", build("model", config.model))
+    return model
+
+
+def make_loss(config: Config) -> Callable[[Any, Any], Tensor]:
+    """A loss object, of a class; a function is a loss as it is."""
+    loss: Callable[[Any, Any], Tensor] = build("loss", config.loss)
+    if isinstance(find("loss", config.loss.class_path), type):
+        loss = call("loss", loss)
+    return loss
+
+
+def make_metrics(config: Config) -> dict[str, Metric]:
+    """Metrics by the last part of their paths."""
+    return {path.rpartition(".")[2]: find("metrics", path) for path in config.metrics}
+
+
+def make_loader(config: Config, key: str, component: Component) -> DataLoader[Any]:
+    """Mini-batches of the dataset `component`; `key` is "data.train" or "data.test".
+
+    Raises:
+        ValueError: the dataset cannot be made, or has nothing in it.
+    """
+    data, training = config.data, key == "data.train"
+    dataset: Dataset[Any] = call(key, build(key, component))
+    samples, drop_last = samples_in(dataset), data.drop_last and training
+    if samples is not None and samples < (data.batch_size if drop_last else 1):
+        least = f"of {data.batch_size}, and drop_last drops smaller ones" if drop_last else ""
+        raise ValueError(f"{key}: {samples} samples make no mini-batch {least}".rstrip())
+    return DataLoader(
+        dataset,
+        batch_size=data.batch_size,
+        shuffle=data.shuffle and training and not isinstance(dataset, IterableDataset),
+        drop_last=drop_last,
+        num_workers=data.workers,
+        persistent_workers=data.workers > 0 and training,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator().manual_seed(config.seed),
+    )
+
+
+def samples_in(dataset: Dataset[Any]) -> int | None:
+    """How many samples it has; None where it does not say."""
+    return len(dataset) if hasattr(dataset, "__len__") else None
+
+
+def samples_per_epoch(config: Config, loader: DataLoader[Any]) -> int | None:
+    """How many samples a pass over the training data has."""
+    samples = samples_in(loader.dataset)
+    if samples is None or not config.data.drop_last:
+        return samples
+    return samples - samples % config.data.batch_size
+
+
+def updates(config: Config, loader: DataLoader[Any]) -> int | None:
+    """How many updates the run will make; None where the data does not say how much it has."""
+    samples = samples_per_epoch(config, loader)
+    if samples is None:
+        return None
+    full, rest = divmod(samples, config.data.batch_size)
+    options = config.pipeline
+    if options.schedule == "stream":  # a mini-batch of few samples has one micro-batch for each
+        cuts = min(options.micro_batches, config.data.batch_size)
+        per_epoch = full * cuts + min(options.micro_batches, rest)
+    else:
+        per_epoch = full + (rest > 0)
+    return math.ceil(config.epochs * per_epoch / options.update_every)
+
+
+def make_pipeline(config: Config, model: nn.Sequential, total_updates: int | None) -> Pipeline:
+    """The pipeline, of `stages` stages or of torchrun's processes.
+
+    Raises:
+        ValueError, TypeError: something in it cannot be; `Pipeline` says what.
+    """
+    options = config.pipeline
+    rule = None
+    if options.rule is not None:
+        rule = call("pipeline.rule", build("pipeline.rule", options.rule))
+    return Pipeline(
+        model,
+        make_loss(config),
+        build("optimizer", config.optimizer),
+        scheduler=_make_scheduler(config.scheduler, total_updates),
+        schedule=options.schedule,
+        rule=rule,
+        balance=options.balance,
+        stages=config.stages,
+        slack=options.slack,
+        micro_batches=options.micro_batches,
+        update_every=options.update_every,
+        clip_grad_norm=options.clip_grad_norm,
+        autocast=_dtype(options.autocast),
+        compile=options.compile,
+        device=options.device,
+        seed=config.seed,
+        on_nonfinite=options.on_nonfinite,
+        timeout=options.timeout,
+    )
+
+
+def expected_staleness(config: Config, depths: Sequence[int]) -> tuple[float, ...]:
+    """The mean staleness of each stage's gradients once it is warm, in updates.
+
+    Args:
+        depths: each stage's micro-batches in flight behind a forward.
+    """
+    options = config.pipeline
+    if SCHEDULES[options.schedule].flushes:
+        return tuple(0.0 for _ in depths)
+    return tuple(depth / options.update_every for depth in depths)
+
+
+def make_settings(config: Config) -> Settings:
+    """What measuring a layer needs to know of the pipeline."""
+    options = config.pipeline
+    return Settings(
+        loss_fn=make_loss(config),
+        optimizer=build("optimizer", config.optimizer),
+        autocast=_dtype(options.autocast),
+    )
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    return getattr(torch, name) if name else None
+
+
+def uses_total(component: Component | None) -> bool:
+    """Whether the scheduler wants to know the number of updates."""
+    return component is not None and "total" in component.init_args.values()
+
+
+def _make_scheduler(component: Component | None, total_updates: int | None) -> Any:
+    if component is None:
+        return None
+    if uses_total(component) and total_updates is None:
+        raise ValueError(
+            "scheduler: data.train does not say how many samples it has, so `total` is unknown:"
+            " write the number of updates"
+        )
+    arguments: Iterable[tuple[str, Any]] = component.init_args.items()
+    known = {name: total_updates if value == "total" else value for name, value in arguments}
+    return build("scheduler", Component(component.class_path, known))

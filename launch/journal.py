@@ -1,0 +1,170 @@
+"""The first rank's account of a run: what it prints, and what it writes."""
+
+import importlib.metadata
+import math
+import platform
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headrace.pipeline import Pipeline, Report
+from headrace.pipeline.report import Progress, StageStatistics
+
+from .assemble import expected_staleness
+from .config import Config, to_yaml
+from .display import (
+    ProgressLine,
+    console,
+    duration,
+    partition_table,
+    prospect,
+    results_table,
+    title,
+)
+from .ranks import processes
+from .run_files import RunFiles
+
+__all__ = ["Journal"]
+
+
+class Journal:
+    """Prints the partition, a progress line and the results; writes the files of runs/NAME.
+
+    Args:
+        pipe: prepared.
+        samples: in an epoch; None where the data does not say.
+    """
+
+    def __init__(self, config: Config, pipe: Pipeline, samples: int | None) -> None:
+        assert pipe.partition is not None
+        self._config, self._partition = config, pipe.partition
+        self._files = RunFiles(config.name, to_yaml(config))
+        self._out = console()
+        where = " in one process" if processes() is None else ""
+        self._out.print(title(config, f"{pipe.stages} stages{where}"))
+        self._out.print(partition_table(pipe.partition, expected_staleness(config, pipe.depths)))
+        self._out.print(prospect(pipe.partition))
+        self._samples, self._micro_batches, self._seconds = 0, 0, 0.0
+        self._loss = math.nan
+        total = samples * config.epochs if samples is not None else None
+        self._line = ProgressLine(self._out, config.epochs, total)
+
+    def progress(self, epoch: int, progress: Progress) -> None:
+        """At a log interval."""
+        done = self._samples + progress.samples
+        self._line.update(
+            epoch, done, progress.samples_per_second, progress.loss, progress.staleness
+        )
+        values = {
+            "epoch": epoch,
+            "update": progress.update,
+            "loss": progress.loss,
+            "samples_per_second": progress.samples_per_second,
+            "learning_rate": progress.learning_rate,
+            "staleness": progress.staleness,
+            "busy": progress.busy,
+        }
+        self._files.log("progress", done, values)
+
+    def epoch(self, epoch: int, report: Report) -> None:
+        """At the end of an epoch."""
+        self._samples += report.samples
+        self._micro_batches += report.micro_batches
+        self._seconds += report.seconds
+        self._loss = report.loss
+        values = {
+            "epoch": epoch,
+            "loss": report.loss,
+            "samples": report.samples,
+            "updates": report.updates,
+            "skipped": report.skipped,
+            "seconds": report.seconds,
+            "samples_per_second": report.samples_per_second,
+            "staleness": report.staleness,
+        }
+        self._files.log("epoch", self._samples, values)
+
+    def finish(
+        self,
+        scores: Mapping[str, float],
+        statistics: Sequence[StageStatistics],
+        weights: Mapping[str, Tensor],
+    ) -> None:
+        """After the last epoch and the test: the summary, the weights, the table.
+
+        Args:
+            scores: of the test data; empty without any.
+        """
+        self._line.close()
+        if scores:
+            self._files.log("test", self._samples, scores)
+        self._files.finish(self._summary(scores, statistics), weights)
+        self._out.print()
+        self._out.print(self._results(scores, statistics))
+
+    def close(self) -> None:
+        """Take the progress line away and close the files, however the run ends."""
+        self._line.close()
+        self._files.close()
+
+    @property
+    def _rate(self) -> float:
+        return self._samples / self._seconds if self._seconds else math.nan
+
+    def _results(self, scores: Mapping[str, float], statistics: Sequence[StageStatistics]) -> Any:
+        rows = {f"test {name}": f"{value:.4f}" for name, value in scores.items() if name != "loss"}
+        rows |= {"test loss": f"{scores['loss']:.4f}"} if scores else {}
+        rows["train loss"] = f"{self._loss:.4f}, mean of the last epoch"
+        rows["samples/s"] = f"{self._rate:,.0f}, trained for {duration(self._seconds)}"
+        if skipped := sum(stage.skipped for stage in statistics):
+            rows["skipped updates"] = str(skipped)
+        stages = {
+            "stage": [str(stage.stage) for stage in statistics],
+            "staleness": [f"{stage.staleness_mean:.2f}" for stage in statistics],
+            "busy": [f"{stage.busy:.0%}" for stage in statistics],
+        }
+        return results_table(rows, stages, {"files": str(self._files.folder)})
+
+    def _summary(
+        self, scores: Mapping[str, float], statistics: Sequence[StageStatistics]
+    ) -> dict[str, Any]:
+        stages = [
+            {
+                "stage": stage.stage,
+                "layers": [layer.name for layer in layers],
+                "parameters": sum(layer.parameters for layer in layers),
+                "updates": stage.updates,
+                "skipped": stage.skipped,
+                "staleness_mean": stage.staleness_mean,
+                "staleness_max": stage.staleness_max,
+                "busy": stage.busy,
+                "learning_rate": stage.learning_rate,
+            }
+            for stage, layers in zip(statistics, self._partition.stages, strict=True)
+        ]
+        return {
+            "name": self._config.name,
+            "seed": self._config.seed,
+            "epochs": self._config.epochs,
+            "samples": self._samples,
+            "micro_batches": self._micro_batches,
+            "seconds": self._seconds,
+            "samples_per_second": self._rate,
+            "train": {"loss": self._loss},
+            "test": dict(scores),
+            "stages": stages,
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "headrace": _version(),
+            },
+        }
+
+
+def _version() -> str | None:
+    try:
+        return importlib.metadata.version("headrace")
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,67 @@
+"""The processes torchrun started, beside a pipeline: who we are, and one voice for errors."""
+
+import os
+import sys
+import time
+from datetime import timedelta
+from typing import NoReturn
+
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+__all__ = ["hear", "processes", "rank", "refuse", "tell"]
+
+_PATIENCE = timedelta(seconds=60)
+
+
+def rank() -> int:
+    """This process's number; 0 without torchrun."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def processes() -> int | None:
+    """How many torchrun started; None without torchrun."""
+    return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else None
+
+
+def tell(name: str, value: str) -> None:
+    """Let the other processes `hear` it."""
+    if processes() is not None:
+        _store().set(_key(name), value)
+
+
+def hear(name: str) -> str:
+    """What the first process tells under this name; ends with it if it refuses instead."""
+    store = _store()
+    while not store.check([_key(name)]):
+        if store.check([_key("refused")]):
+            raise SystemExit(2)
+        time.sleep(0.05)
+    return str(store.get(_key(name)).decode())
+
+
+def refuse(message: str) -> NoReturn:
+    """Print one line on stderr, once however many processes refuse, and end with exit code 2."""
+    line = f"headrace: {message}\n"
+    if processes() is None:
+        sys.stderr.write(line)
+        raise SystemExit(2)
+    store, mine = _store(), str(rank())
+    if store.compare_set(_key("refused"), "", mine).decode() == mine:
+        sys.stderr.write(line)
+        sys.stderr.flush()
+        store.set(_key("printed"), mine)
+    else:
+        # torchrun ends all processes as soon as one has ended: not before the line is out.
+        store.wait([_key("printed")], timedelta(seconds=5))
+    raise SystemExit(2)
+
+
+def _store() -> TCPStore:
+    """A client of torchrun's store, which is there before any process group."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return TCPStore(host, port, is_master=False, timeout=_PATIENCE)
+
+
+def _key(name: str) -> str:
+    """Of this start of the processes: torchrun may restart them on the same store."""
+    return f"headrace/launch/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{name}"

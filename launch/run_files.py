@@ -1,0 +1,98 @@
+"""The files of a run: runs/NAME with its configuration, metrics, summary and weights."""
+
+import importlib.util
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["RunFiles"]
+
+
+class RunFiles:
+    """A new folder runs/NAME, or NAME-2, NAME-3 … if there are such runs: none is written over.
+
+    Args:
+        name: the run's.
+        config: its resolved configuration, as YAML.
+        root: the folder of all runs.
+    """
+
+    def __init__(self, name: str, config: str, root: Path = Path("runs")) -> None:
+        self.folder = _new_folder(root, name)
+        (self.folder / "config.yaml").write_text(config, encoding="utf-8")
+        self._metrics = (self.folder / "metrics.jsonl").open("a", encoding="utf-8")
+        self._board = _tensorboard(self.folder)
+
+    def log(self, event: str, step: int, values: Mapping[str, Any]) -> None:
+        """Append a line to metrics.jsonl, and the numbers in it to TensorBoard.
+
+        Args:
+            event: what the line is about: "progress", "epoch" or "test".
+            step: how many samples had been trained on.
+        """
+        line = {"event": event, "step": step, **values}
+        self._metrics.write(json.dumps(_finite(line)) + "\n")
+        self._metrics.flush()
+        if self._board is not None:
+            for name, value in values.items():
+                numbers = value if isinstance(value, list | tuple) else [value]
+                for j, number in enumerate(numbers):
+                    tag = f"{event}/{name}" + (f"/stage {j}" if numbers is value else "")
+                    self._board.add_scalar(tag, number, step)
+
+    def finish(self, summary: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
+        """Write summary.json and weights.pt, each whole or not at all, and close the others."""
+        _replace(self.folder / "weights.pt", lambda path: torch.save(dict(weights), path))
+        text = json.dumps(_finite(summary), indent=2) + "\n"
+        _replace(self.folder / "summary.json", lambda path: path.write_text(text, encoding="utf-8"))
+        self.close()
+
+    def close(self) -> None:
+        """Close what is open; the files keep what was written so far."""
+        self._metrics.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _new_folder(root: Path, name: str) -> Path:
+    number = 1
+    while True:
+        folder = root / (name if number == 1 else f"{name}-{number}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            number += 1
+        else:
+            return folder
+
+
+def _tensorboard(folder: Path) -> Any:
+    """A writer of events, or None where tensorboard is not installed."""
+    if importlib.util.find_spec("tensorboard") is None:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(log_dir=str(folder))
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {name: _finite(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return value
+
+
+def _replace(path: Path, write: Any) -> None:
+    unfinished = path.with_name(path.name + ".part")
+    write(unfinished)
+    os.replace(unfinished, path)

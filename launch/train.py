@@ -1,0 +1,121 @@
+"""Train as a configuration says: under torchrun one stage a process, alone all stages in one.
+
+torchrun --nproc-per-node N -m headrace.launch.train --config FILE [--dotted.key VALUE ...]
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from types import FrameType
+from typing import Any, NoReturn
+
+import torch
+
+from headrace.pipeline import Pipeline
+from headrace.pipeline.errors import InputError
+
+from .assemble import (
+    make_loader,
+    make_metrics,
+    make_model,
+    make_pipeline,
+    samples_per_epoch,
+    updates,
+    uses_total,
+)
+from .config import Config, parse
+from .journal import Journal
+from .ranks import hear, processes, rank, refuse, tell
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse the command line and train; ends the process with 2 where that cannot be done."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _stop)
+    try:
+        config = parse(sys.argv[1:] if arguments is None else arguments)
+        _check_processes(config)
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        data = _make_data(config)
+        pipe = make_pipeline(config, make_model(config), data.updates)
+    except (ValueError, TypeError) as error:
+        _refuse(error)
+    try:
+        with pipe:
+            _run(config, data, pipe)
+    except InputError as error:
+        _refuse(error)
+
+
+def _refuse(error: Exception) -> NoReturn:
+    """End with the error's one line, unless a pipeline under torchrun has printed it already."""
+    if getattr(error, "headrace_reported", False):
+        sys.stdout.flush()
+        os._exit(2)  # the backend's threads may still wait, so Python must not end by itself
+    refuse(str(error))
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    if rank() == 0:
+        sys.stderr.write(f"headrace: stopped by {signal.Signals(number).name}\n")
+    raise SystemExit(128 + number)
+
+
+def _check_processes(config: Config) -> None:
+    started = processes()
+    if started is not None and config.stages not in (None, started):
+        raise ValueError(
+            f"stages: {config.stages}, but torchrun started {started} processes: start it with"
+            f" --nproc-per-node {config.stages}, or write --stages {started}"
+        )
+
+
+@dataclass(frozen=True)
+class _Data:
+    """What the first stage feeds; the other ranks know how many updates there will be."""
+
+    train: Iterable[Any]
+    test: Iterable[Any] | None
+    samples: int | None
+    updates: int | None
+
+
+def _make_data(config: Config) -> _Data:
+    has_test = config.data.test is not None
+    if rank() > 0:
+        total = hear("updates") if uses_total(config.scheduler) else ""
+        return _Data((), () if has_test else None, None, int(total) if total else None)
+    train = make_loader(config, "data.train", config.data.train)
+    test = make_loader(config, "data.test", config.data.test) if config.data.test else None
+    total_updates = updates(config, train)
+    tell("updates", "" if total_updates is None else str(total_updates))
+    return _Data(train, test, samples_per_epoch(config, train), total_updates)
+
+
+def _run(config: Config, data: _Data, pipe: Pipeline) -> None:
+    """Every rank does the same; the first one keeps the journal."""
+    pipe.prepare(data.train)
+    journal = Journal(config, pipe, data.samples) if pipe.is_first else None
+    try:
+        for epoch in range(1, config.epochs + 1):
+            log = partial(journal.progress, epoch) if journal else None
+            report = pipe.train(data.train, log=log, log_every=config.log_every)
+            if journal:
+                journal.epoch(epoch, report)
+        scores = pipe.evaluate(data.test, make_metrics(config)) if data.test is not None else {}
+        statistics, weights = pipe.statistics(), pipe.state_dict()
+        if journal:
+            journal.finish(scores, statistics, weights)
+    finally:
+        if journal:
+            journal.close()
+
+
+if __name__ == "__main__":
+    main()
