@@ -1,0 +1,14 @@
+"""Fixtures of the tests that start processes."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from .ranks import Launcher
+
+
+@pytest.fixture(scope="session")
+def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
+    launcher = Launcher(tmp_path_factory.mktemp("jobs"))
+    yield launcher
+    launcher.close()

@@ -1,0 +1,56 @@
+"""In one process and on as many ranks as stages: bitwise the same numbers, told to every rank."""
+
+import pytest
+
+from ..pipeline.helpers import assert_same
+from .ranks import Launcher
+from .training import CASES, SIZES, Account, run_cases
+
+Accounts = tuple[dict[str, Account], list[dict[str, Account]]]
+
+
+@pytest.fixture(scope="module", params=SIZES, ids=lambda n: f"{n}-stages")
+def accounts(request: pytest.FixtureRequest, launcher: Launcher) -> Accounts:
+    """Of one process alone, and of each rank."""
+    stages: int = request.param
+    outcome = launcher.run(run_cases, stages, stages, False, seconds=100)
+    outcome.expect(*[0] * stages)
+    return run_cases(stages, alone=True), outcome.results
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_one_process_and_many(accounts: Accounts, name: str) -> None:
+    alone, ranks = accounts[0][name], [account[name] for account in accounts[1]]
+    assert_same(ranks[0].halfway, alone.halfway)
+    assert_same(ranks[0].weights, alone.weights)
+    assert ranks[0].reports == alone.reports
+    assert ranks[0].evaluations == alone.evaluations
+    assert ranks[0].statistics == alone.statistics
+    assert ranks[0].depths == alone.depths
+    assert ranks[0].predictions.equal(alone.predictions)
+    assert ranks[0].progress == alone.progress, "what the first stage logs"
+    assert alone.progress, "nothing was logged"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_rank_is_told_the_same(accounts: Accounts, name: str) -> None:
+    first, *others = [account[name] for account in accounts[1]]
+    for other in others:
+        assert_same(other.halfway, first.halfway)
+        assert_same(other.weights, first.weights)
+        assert other.reports == first.reports
+        assert other.evaluations == first.evaluations
+        assert other.statistics == first.statistics
+        assert other.depths == first.depths
+        assert other.predictions.equal(first.predictions)
+        assert not other.progress, "only the first stage logs"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_rank_has_its_own_parameters(accounts: Accounts, name: str) -> None:
+    ranks = [account[name] for account in accounts[1]]
+    names = [n for rank in ranks for n in rank.own]
+    assert names == list(accounts[0][name].own), "each in one stage, in the model's order"
+    for j, rank in enumerate(ranks):
+        assert all(rank.own[n].equal(rank.weights[n]) for n in rank.own)
+        assert rank.version == rank.statistics[j]["updates"]

@@ -1,0 +1,139 @@
+"""A program that trains, evaluates and predicts, in many configurations, and tells all it saw."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader, TensorDataset
+
+from headrace.pipeline import Pipeline
+from headrace.pipeline.rules import Delayed
+
+from ..pipeline.helpers import adamw, halve_slowly, momentum
+
+__all__ = ["CASES", "Account", "Case", "run_case", "run_cases"]
+
+SIZES = {2: [9, 7], 3: [5, 6, 5], 4: [4, 4, 4, 4]}
+"""Layers per stage: not all cuts fall between the blocks of four."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A configuration; options are the Pipeline's, made anew for each use."""
+
+    options: Callable[[], dict[str, Any]]
+    optimizer: Callable[[Iterable[tuple[str, nn.Parameter]]], Optimizer] = momentum
+
+
+def _stream(weights: str, **options: Any) -> Case:
+    return Case(lambda: {"rule": Delayed(weights=weights), **options})
+
+
+CASES = {
+    "current": _stream("current"),
+    "stash": _stream("stash"),
+    "replay": _stream("replay"),
+    "predict": _stream("predict"),
+    "current, slack 1": _stream("current", slack=1, scheduler=halve_slowly),
+    "stash, slack 1, every 3, clip": _stream("stash", slack=1, update_every=3, clip_grad_norm=0.1),
+    "replay, slack 1, every 3": _stream("replay", slack=1, update_every=3),
+    "predict, slack 1, every 3, cut in 2": _stream(
+        "predict", slack=1, update_every=3, micro_batches=2
+    ),
+    "stash, bfloat16, another seed": _stream("stash", autocast=torch.bfloat16, seed=17),
+    "stash, adamw": Case(lambda: {"clip_grad_norm": 1.0}, adamw),
+    "gpipe": Case(lambda: {"schedule": "gpipe", "micro_batches": 3}),
+    "gpipe, clip": Case(
+        lambda: {"schedule": "gpipe", "micro_batches": 3, "clip_grad_norm": 0.1}, adamw
+    ),
+    "1f1b, clip": Case(
+        lambda: {"schedule": "1f1b", "micro_batches": 3, "clip_grad_norm": 0.1},
+    ),
+    "1f1b, every 3, skip": Case(
+        lambda: {
+            "schedule": "1f1b",
+            "micro_batches": 2,
+            "update_every": 3,
+            "on_nonfinite": "skip",
+            "scheduler": halve_slowly,
+        },
+        adamw,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Account:
+    """What one process was told, all of it without clocks."""
+
+    reports: list[dict[str, Any]]
+    progress: list[dict[str, Any]]
+    evaluations: list[dict[str, float]]
+    predictions: Tensor
+    statistics: list[dict[str, Any]]
+    halfway: dict[str, Tensor]
+    weights: dict[str, Tensor]
+    own: dict[str, Tensor]
+    depths: tuple[int, ...]
+    version: int
+
+
+def network() -> nn.Sequential:
+    """16 layers: Linear, a norm, Dropout, Linear; four times."""
+    layers: list[nn.Module] = []
+    for j, (a, b) in enumerate(((5, 9), (9, 7), (7, 11), (11, 3))):
+        norm = nn.BatchNorm1d(b) if j % 2 == 0 else nn.LayerNorm(b)
+        layers += [nn.Linear(a, b), norm, nn.Dropout(0.2), nn.Linear(b, b)]
+    return nn.Sequential(*layers)
+
+
+def distance(output: Tensor, target: Tensor) -> Tensor:
+    """A metric: the mean distance over the samples."""
+    return (output - target).norm(dim=1).mean()
+
+
+def run_case(case: Case, stages: int | None, sizes: list[int]) -> Account:
+    """Train three times (twice without a drain), evaluate in the middle, look at everything."""
+    torch.manual_seed(3)
+    model = network()
+    data = TensorDataset(torch.randn(60, 5), torch.randn(60, 3))
+    shuffle = torch.Generator().manual_seed(5)
+    loader = DataLoader(data, batch_size=9, shuffle=True, generator=shuffle)
+    test = DataLoader(data, batch_size=16)
+    reports, progress, evaluations = [], [], []
+    with Pipeline(
+        model, nn.MSELoss(), case.optimizer, balance=sizes, stages=stages, **case.options()
+    ) as pipe:
+        for _ in range(2):
+            reports.append(pipe.train(loader, log=progress.append, log_every=3))
+        evaluations.append(pipe.evaluate(test, metrics={"distance": distance}))
+        halfway = pipe.state_dict()
+        reports.append(pipe.train(loader))
+        evaluations.append(pipe.evaluate(loader))
+        predictions = pipe.predict(test)
+        assert isinstance(predictions, Tensor)
+        return Account(
+            reports=[_without(asdict(report), "seconds") for report in reports],
+            progress=[_without(asdict(p), "samples_per_second", "busy") for p in progress],
+            evaluations=evaluations,
+            predictions=predictions,
+            statistics=[_without(asdict(row), "busy") for row in pipe.statistics()],
+            halfway=halfway,
+            weights=pipe.state_dict(),
+            own={name: p.detach().clone() for name, p in pipe.named_parameters()},
+            depths=pipe.depths,
+            version=pipe.version,
+        )
+
+
+def run_cases(stages: int, alone: bool) -> dict[str, Account]:
+    """All of them one after the other, in one job."""
+    many = stages if alone else None
+    return {name: run_case(case, many, SIZES[stages]) for name, case in CASES.items()}
+
+
+def _without(numbers: dict[str, Any], *clocks: str) -> dict[str, Any]:
+    return {name: value for name, value in numbers.items() if name not in clocks}

@@ -1,0 +1,122 @@
+"""Layers keep the user's names and modes, say which one failed, and come to life alike anywhere."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from headrace.pipeline.layers import Layers, layer_at_fault, materialise, named_layers
+
+CPU = torch.device("cpu")
+
+
+def test_names_are_those_of_the_whole_model() -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 4), nn.Linear(4, 1))
+    part = Layers(named_layers(model)[2:])
+    assert list(part.state_dict()) == ["2.weight", "2.bias", "3.weight", "3.bias"]
+    x = torch.ones(5, 3)
+    assert torch.equal(part(x), model[3](model[2](x)))
+    assert part.state_dict()["2.weight"].data_ptr() == model[2].weight.data_ptr()
+
+
+def test_a_layer_that_occurs_twice_runs_twice() -> None:
+    double = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(double.weight, 2)
+    model = nn.Sequential(double, nn.Identity(), double, double)
+    assert [name for name, _ in named_layers(model)] == ["0", "1", "2", "3"]
+    assert Layers(named_layers(model))(torch.ones(1, 1)).item() == 8
+
+
+def test_modes_are_put_back_one_by_one() -> None:
+    frozen = nn.Sequential(nn.BatchNorm1d(2), nn.Dropout())
+    frozen[0].eval()
+    part = Layers([("a", nn.Dropout()), ("b", frozen), ("c", nn.Linear(2, 2).eval())])
+    before = {name: module.training for name, module in part.named_modules()}
+    assert list(before.values()).count(False) == 2
+    part.eval()
+    assert not any(module.training for module in part.modules())
+    part.resume_training_mode()
+    assert {name: module.training for name, module in part.named_modules()} == before
+
+
+def test_the_layer_that_failed_is_named() -> None:
+    part = Layers([("4", nn.ReLU()), ("5", nn.Sequential(nn.Linear(3, 1)))])
+    with pytest.raises(RuntimeError) as caught:
+        part(torch.ones(2, 2))
+    assert layer_at_fault(caught.value) == "'5' (Sequential)"
+    assert layer_at_fault(ValueError("elsewhere")) is None
+
+
+def on_meta() -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(4, 3, device="meta"),
+        nn.BatchNorm1d(3, device="meta"),
+        nn.LSTM(3, 2, device="meta"),
+    )
+
+
+def weights(layer: nn.Module) -> list[Tensor]:
+    return list(layer.state_dict().values())
+
+
+def made(make: Callable[[], nn.Module], name: str = "x", seed: int = 7) -> nn.Module:
+    layer = make()
+    materialise(name, layer, seed, CPU)
+    return layer
+
+
+def test_meta_layers_depend_on_their_name_and_the_seed_alone() -> None:
+    first = made(on_meta)
+    torch.manual_seed(99)
+    random = torch.get_rng_state()
+    again = made(on_meta)
+    assert torch.equal(random, torch.get_rng_state())
+    assert all(torch.equal(a, b) for a, b in zip(weights(first), weights(again), strict=True))
+    assert not any(t.is_meta for t in weights(first))
+    for other in (made(on_meta, name="y"), made(on_meta, seed=8)):
+        assert not torch.equal(weights(first)[0], weights(other)[0])
+    assert first[1].running_var.tolist() == [1, 1, 1]  # type: ignore[index]
+
+
+def test_frozen_meta_layers_stay_frozen() -> None:
+    layer = made(lambda: nn.Linear(2, 2, device="meta").requires_grad_(False))
+    assert not any(p.requires_grad for p in layer.parameters())
+
+
+def test_a_layer_with_weights_is_left_alone() -> None:
+    layer = nn.Linear(2, 2)
+    before = layer.weight.clone()
+    materialise("0", layer, 0, CPU)
+    assert torch.equal(layer.weight, before)
+
+
+class Scaled(nn.Module):
+    """Its own choice for the weights of a part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(2, 2, device="meta")
+        self.gain = nn.Parameter(torch.empty(2, device="meta"))
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.gain)
+        nn.init.constant_(self.inner.weight, 0.25)
+
+
+def test_an_outer_module_has_the_last_word_on_its_parts() -> None:
+    layer = made(Scaled)
+    assert layer.inner.weight.unique().tolist() == [0.25]  # type: ignore[union-attr, operator]
+
+
+def test_a_module_that_cannot_fill_its_weights_is_named() -> None:
+    class Gain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gain = nn.Parameter(torch.empty(2, device="meta"))
+
+    match = r"layer '3' is on the meta device and 1 \(Gain\) has no reset_parameters\(\)"
+    with pytest.raises(ValueError, match=match):
+        made(lambda: nn.Sequential(nn.Linear(2, 2, device="meta"), Gain()), name="3")
+    with pytest.raises(ValueError, match=r"layer '3' is on the meta device and it \(Gain\)"):
+        made(Gain, name="3")
