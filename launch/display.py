@@ -206,7 +206,7 @@ class ProgressLine:
         self._first: tuple[float, int] | None = None
         self._bar = Progress(
             TextColumn("{task.fields[before]}"),
-            BarColumn(20),
+            BarColumn(20, complete_style="cyan"),
             TextColumn("{task.fields[after]}"),
             console=out,
             auto_refresh=False,

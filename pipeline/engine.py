@@ -20,10 +20,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from .errors import InputError
 from .finite import explain
 from .message import Kind, Message
 from .microbatch import join
-from .nest import Nest, to_device, total_bytes
+from .nest import Nest, describe, to_device, total_bytes
 from .report import Books, Report, Row, StageStatistics
 from .schedule import SCHEDULES, Action, Actions, Backward, Forward, Schedule, depths
 from .slack import choose_slack
@@ -276,6 +277,11 @@ class Engine:
         values = {"loss": self.stage.take_loss(output, target)}
         for name, metric in self.metrics.items():
             values[name] = torch.as_tensor(metric(output, target))
+            if values[name].numel() != 1:
+                raise InputError(
+                    f"the metric {name!r} gave {describe(values[name])}: it must give one number, "
+                    "the mean over the samples"
+                )
         return {name: value.detach().double() for name, value in values.items()}
 
     def _predict(self) -> Steps:

@@ -2,13 +2,14 @@
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-__all__ = ["Layers", "layer_at_fault", "materialise", "named_layers", "places_of"]
+__all__ = ["Layers", "holding", "layer_at_fault", "materialise", "named_layers", "places_of"]
 
 
 def named_layers(model: nn.Sequential) -> list[tuple[str, nn.Module]]:
@@ -50,6 +51,22 @@ def places_of(module: nn.Module) -> dict[str, str]:
                 place = f"{path}.{name}" if path else name
                 places[place] = first.setdefault(id(tensor), place)
     return places
+
+
+@contextmanager
+def holding(module: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Run a block with other weights, by their places, in the places of a module's own."""
+    own = []
+    for place, weight in weights.items():
+        path, _, name = place.rpartition(".")
+        held: dict[str, Any] = module.get_submodule(path)._parameters
+        own.append((held, name, held[name]))
+        held[name] = weight
+    try:
+        yield
+    finally:
+        for held, name, weight in own:
+            held[name] = weight
 
 
 def layer_at_fault(error: BaseException) -> str | None:

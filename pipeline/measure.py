@@ -49,7 +49,7 @@ def measure(
         target = to_device(target, device)
         layers = named_layers(model)
         for name, original in layers:
-            layer = copy.deepcopy(original)
+            layer = _copy(name, original)
             materialise(name, layer, seed, device)
             loss_target = (target,) if name == layers[-1][0] and target is not None else ()
             probes.append(_Probe(name, layer.to(device), x, loss_target, settings, device))
@@ -58,6 +58,16 @@ def measure(
             for probe in probes:
                 probe.time()
     return [probe.cost() for probe in probes]
+
+
+def _copy(name: str, layer: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(layer)
+    except Exception as error:
+        raise InputError(
+            f"layer {name!r} ({type(layer).__name__}) cannot be copied, and balance='time' measures "
+            f"copies: {first_line(error)}; write balance='parameters', or each stage's layers"
+        ) from error
 
 
 class _Probe:

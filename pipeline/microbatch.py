@@ -52,5 +52,7 @@ def join(nests: Sequence[Nest]) -> Nest:
     try:
         return unflatten([torch.cat(column) for column in columns], flat[0][1])
     except RuntimeError as error:
-        shapes = sorted({describe(nest) for nest in nests})
-        raise InputError(f"outputs of unlike shapes cannot be joined: {shapes}") from error
+        shapes = " and ".join(sorted({describe(nest) for nest in nests}))
+        raise InputError(
+            f"outputs of these shapes cannot be joined along dimension 0: {shapes}"
+        ) from error

@@ -15,7 +15,7 @@ from .driver import Alone, Apart, Driver
 from .engine import Call, Engine, Metrics
 from .feed import Source, begin, feed, read
 from .layers import Layers, materialise
-from .loss import Loss
+from .loss import Loss, name_of
 from .measure import measure
 from .message import Message
 from .microbatch import split
@@ -104,6 +104,8 @@ class Pipeline:
         self.partition: Partition | None = None
         self._fed = 0
         self._closed = False
+        self._links: list[Links] = []
+        atexit.register(_end, weakref.ref(self))
         with self._reporting("building the pipeline", refuses=True):
             self.rank = self._world.rank if self._world else 0
             self.stages = _choose_stages(stages, self._world)
@@ -122,6 +124,8 @@ class Pipeline:
                 )
             self._depths = self._schedule.depths(self.stages, 1 if slack == "auto" else slack)
             self._device, shared = choose_device(device, self._world)
+            if isinstance(loss_fn, nn.Module):
+                loss_fn.to(self._device)
             self._seed = torch.initial_seed() if seed is None else seed
             self._settings = Settings(
                 loss_fn=loss_fn,
@@ -138,7 +142,6 @@ class Pipeline:
                 self._cut([len(model)], count(model))
             elif balance != "time":
                 self._cut(balance, count(model))
-        atexit.register(_end, weakref.ref(self))
 
     # Calls that every rank makes ---------------------------------------------------------------
 
@@ -455,7 +458,7 @@ def _end(reference: "weakref.ref[Pipeline]") -> None:
         watch.end_process_if_failed()
         try:
             pipeline.close()
-        except SystemExit:
+        finally:
             watch.end_process_if_failed()
     elif not pipeline._closed and pipeline._driver is not None:
         pipeline.close()
@@ -484,6 +487,11 @@ def _check(
 ) -> None:
     if not callable(loss_fn):
         raise TypeError(f"loss_fn={loss_fn!r} cannot be called: give a function or a module")
+    if isinstance(loss_fn, nn.Module) and any(p.requires_grad for p in loss_fn.parameters()):
+        raise ValueError(
+            f"loss_fn={name_of(loss_fn)} has weights of its own, which no stage would train: put "
+            "them into the model's last layer, or freeze them with requires_grad_(False)"
+        )
     if isinstance(optimizer, torch.optim.Optimizer) or not callable(optimizer):
         raise TypeError(
             f"optimizer is a {type(optimizer).__name__}: give a function that makes one for a "

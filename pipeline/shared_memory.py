@@ -37,8 +37,8 @@ class _Arena:
 
     @classmethod
     def make(cls, least: int) -> "_Arena":
-        """Make one whose slots hold at least so many bytes."""
-        slot_bytes = -(-least // PAGE) * PAGE
+        """Make one whose slots hold at least so many bytes, in powers of two."""
+        slot_bytes = max(PAGE, 1 << (least - 1).bit_length())
         file = os.memfd_create("headrace")
         os.ftruncate(file, PAGE + SLOTS * slot_bytes)
         arena = cls(file, slot_bytes)
@@ -77,7 +77,8 @@ class SharedMemory(Carrier):
 
     def __init__(self, device: torch.device, group: dist.ProcessGroup) -> None:
         super().__init__(device, group)
-        self._arena: _Arena | None = None
+        # A sender keeps all it has made: the receiver opens one when it comes to it.
+        self._arenas: dict[tuple[int, int], _Arena] = {}
         self._shares = False
 
     def warm_up(self, peer: int, sends: bool) -> None:
@@ -103,22 +104,29 @@ class SharedMemory(Carrier):
         size = tensor.numel() * tensor.element_size()
         if not self._shares:
             return BY_WIRE
-        if self._arena is None or self._arena.slot_bytes < size:
-            self._arena = _make_arena(size)
-        slot = self._arena.take() if self._arena else None
-        if self._arena is None or slot is None:
+        arena = next((a for a in self._arenas.values() if a.slot_bytes >= size), None)
+        arena = arena or self._make(size)
+        slot = arena.take() if arena else None
+        if arena is None or slot is None:
             return BY_WIRE
-        flat = torch.frombuffer(self._arena.view(slot, size), dtype=tensor.dtype)
+        flat = torch.frombuffer(arena.view(slot, size), dtype=tensor.dtype)
         flat.view(tensor.shape).copy_(tensor)
-        return _note(self._arena, slot)
+        return _note(arena, slot)
+
+    def _make(self, size: int) -> _Arena | None:
+        arena = _make_arena(size)
+        if arena:
+            self._arenas[os.getpid(), arena.file] = arena
+        return arena
 
     def reach(self, spec: TensorSpec, note: Note) -> Tensor:
         """Give a tensor that lives in the slot; the slot is free when the last view is gone."""
         process, file, slot_bytes, slot = note
-        if self._arena is None or self._arena.slot_bytes != slot_bytes:
-            self._arena = _Arena.open(process, file, slot_bytes)
-        view = self._arena.view(slot, spec.bytes)
-        self._arena.free_with(view, slot)
+        if (process, file) not in self._arenas:
+            self._arenas[process, file] = _Arena.open(process, file, slot_bytes)
+        arena = self._arenas[process, file]
+        view = arena.view(slot, spec.bytes)
+        arena.free_with(view, slot)
         return torch.frombuffer(view, dtype=spec.dtype).view(spec.shape)
 
 

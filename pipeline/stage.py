@@ -14,7 +14,7 @@ from torch.func import functional_call
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from .gradient import Gradient, all_finite
-from .layers import Layers, places_of
+from .layers import Layers, holding, places_of
 from .loss import check_loss
 from .nest import Nest, is_differentiable, leaves, map_tensors
 from .random_state import RandomState
@@ -137,15 +137,17 @@ class Stage:
             with flight.random.in_force():
                 self._run_with_graph(flight, buffers)
         loss = [] if flight.loss is None else [flight.loss]
+        weights = flight.weights.leaves if flight.weights else self.trainable
         tops: list[tuple[Tensor, Any]] = [(tensor, None) for tensor in loss]
         if not self.is_last:
-            tops = [*zip(leaves(flight.output), gradients, strict=True)]
-            tops = [(tensor, gradient) for tensor, gradient in tops if gradient is not None]
+            both = zip(leaves(flight.output), gradients, strict=True)
+            tops = [(tensor, gradient) for tensor, gradient in both if gradient is not None]
         tops = [(tensor, gradient) for tensor, gradient in tops if tensor.requires_grad]
-        if tops:
-            torch.autograd.backward([t for t, _ in tops], [g for _, g in tops])
+        # A checkpoint runs its layers again in here, and must find the weights of the forward.
+        with holding(self.layers, self._placed(weights)) if flight.weights else nullcontext():
+            if tops:
+                torch.autograd.backward([t for t, _ in tops], [g for _, g in tops])
         flight.output = None
-        weights = flight.weights.leaves if flight.weights else self.trainable
         taken = {name: _take_gradient(weight) for name, weight in weights.items()}
         means = {name: gradient for name, gradient in taken.items() if gradient is not None}
         flight.finite = all_finite([*means.values(), *loss])
@@ -200,9 +202,11 @@ class Stage:
     ) -> Any:
         if weights is None and buffers is None:
             return self.layers(x)
-        tensors = {**(weights or {}), **(buffers or {})}
-        placed = {p: tensors[name] for p, name in self.places.items() if name in tensors}
+        placed = self._placed({**(weights or {}), **(buffers or {})})
         return functional_call(self.layers, placed, (x,), tie_weights=False)
+
+    def _placed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {place: tensors[name] for place, name in self.places.items() if name in tensors}
 
     def take_loss(self, output: Nest, target: Nest) -> Tensor:
         """The loss of an output, as a 0-d tensor; the first one is looked at (`check_loss`)."""

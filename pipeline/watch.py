@@ -5,6 +5,7 @@ neighbour gone or a rank silent, tries to set one key; the one that succeeds pri
 and all the others, seeing the key, end without a word.
 """
 
+import atexit
 import json
 import os
 import signal
@@ -98,6 +99,7 @@ class Watch:
         sys.excepthook = self._on_uncaught
         self._thread = threading.Thread(target=self._beat, name="headrace-watch", daemon=True)
         self._thread.start()
+        atexit.register(self.end_process_if_failed)
 
     # For the main thread -----------------------------------------------------------------------
 
@@ -151,6 +153,7 @@ class Watch:
         """Stop watching, and give back the signal handlers."""
         self._closed.set()
         self._thread.join(timeout=10)
+        atexit.unregister(self.end_process_if_failed)
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         if sys.excepthook == self._on_uncaught:
@@ -181,8 +184,10 @@ class Watch:
                 self._note(Failure(message, code))
 
     def lost(self, rank: int, error: Exception) -> None:
-        """The link to a neighbour broke."""
-        if not self._closed.is_set():
+        """The link to a neighbour broke: backends raise RuntimeErrors; others are our own."""
+        if not isinstance(error, RuntimeError):
+            self.fail_by(error, f"the link to {self._names[rank]}")
+        elif not self._closed.is_set():
             self.fail(f"{self._names[rank]} is gone: its connection was closed", code=1)
 
     def _note(self, failure: Failure) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import headrace.pipeline  # noqa: F401
-from tests.distributed import failing, payloads, training  # noqa: F401
+from tests.distributed import failing, nonfinite, payloads, refused, scripts, training  # noqa: F401
 from tests.distributed.play import play
 
 

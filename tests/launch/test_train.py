@@ -268,17 +268,18 @@ def test_what_is_printed(folder: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_progress_without_a_terminal_is_lines_at_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 0.0
-    monkeypatch.setattr(time, "monotonic", lambda: now)
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     out = io.StringIO()
     line = ProgressLine(Console(file=out, width=100, highlight=False), epochs=12, samples=1000)
-    for now, done in ((3.0, 50), (3.5, 100), (5.5, 300), (6.0, 350), (8.0, 550)):
+    for now, done in ((3.0, 50), (3.5, 100), (6.5, 300), (7.0, 350), (10.0, 550)):
+        clock[0] = now
         line.update(3, done, 1234.5, 0.25, (1.0, 0.0))
     line.close()
     assert out.getvalue().splitlines() == [
         "epoch  3/12   10%    1,234 samples/s   loss 0.25     staleness 1 0   0:09 left",
-        "epoch  3/12   30%    1,234 samples/s   loss 0.25     staleness 1 0   0:07 left",
-        "epoch  3/12   55%    1,234 samples/s   loss 0.25     staleness 1 0   0:04 left",
+        "epoch  3/12   30%    1,234 samples/s   loss 0.25     staleness 1 0   0:10 left",
+        "epoch  3/12   55%    1,234 samples/s   loss 0.25     staleness 1 0   0:06 left",
     ]
 
 
@@ -325,10 +326,14 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def test_torchrun_gives_the_same_weights_and_only_the_first_rank_speaks(folder: Path) -> None:
-    train()
+@pytest.mark.parametrize("widths", ["[6, 8, 8, 3]", "[6, 200, 400, 3]"])  # large tensors, too
+def test_torchrun_gives_the_same_weights_and_only_the_first_rank_speaks(
+    folder: Path, widths: str
+) -> None:
+    wide = ("--model.init_args.widths", widths)
+    train(*wide)
     done = subprocess.run(
-        command("--config", "tiny.yaml", ranks=2),
+        command("--config", "tiny.yaml", *wide, ranks=2),
         env=environment(), capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

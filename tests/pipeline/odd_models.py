@@ -157,8 +157,7 @@ def nested_data() -> Odd:
         return mse + nn.functional.cross_entropy(output["two"], target[1])
 
     batches = [
-        ({"a": x, "pair": (x * 2, (x[:, 0] > 0))}, [y, (y[:, 0] > 0).long()])
-        for x, y in vectors()
+        ({"a": x, "pair": (x * 2, (x[:, 0] > 0))}, [y, (y[:, 0] > 0).long()]) for x, y in vectors()
     ]
     return of(
         Do(split), Do(swap), Heads(), batches=batches, sizes=([1, 2], [1, 1, 1]), loss_fn=loss
@@ -261,7 +260,7 @@ def frozen_first_stage() -> Odd:
 def partly_frozen() -> Odd:
     layers = linears(5, 4, 4, 3)
     layers[2].requires_grad_(False)
-    layers[0].bias.requires_grad_(False)  # type: ignore[operator, union-attr]
+    layers[0].bias.requires_grad_(False)
     return of(*layers, sizes=([2, 4], [2, 2, 2]))
 
 

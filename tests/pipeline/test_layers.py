@@ -6,18 +6,26 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from headrace.pipeline.layers import Layers, layer_at_fault, materialise, named_layers
+from headrace.pipeline.layers import (
+    Layers,
+    holding,
+    layer_at_fault,
+    materialise,
+    named_layers,
+    places_of,
+)
 
 CPU = torch.device("cpu")
 
 
 def test_names_are_those_of_the_whole_model() -> None:
-    model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 4), nn.Linear(4, 1))
+    inner, last = nn.Linear(3, 4), nn.Linear(4, 1)
+    model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), inner, last)
     part = Layers(named_layers(model)[2:])
     assert list(part.state_dict()) == ["2.weight", "2.bias", "3.weight", "3.bias"]
     x = torch.ones(5, 3)
-    assert torch.equal(part(x), model[3](model[2](x)))
-    assert part.state_dict()["2.weight"].data_ptr() == model[2].weight.data_ptr()
+    assert torch.equal(part(x), last(inner(x)))
+    assert part.state_dict()["2.weight"].data_ptr() == inner.weight.data_ptr()
 
 
 def test_a_layer_that_occurs_twice_runs_twice() -> None:
@@ -46,6 +54,43 @@ def test_the_layer_that_failed_is_named() -> None:
         part(torch.ones(2, 2))
     assert layer_at_fault(caught.value) == "'5' (Sequential)"
     assert layer_at_fault(ValueError("elsewhere")) is None
+
+
+def tied() -> nn.Sequential:
+    """Module a occurs twice, the weight of c is that of a, and d has none of a bias."""
+    a, c, d = nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2, bias=False)
+    c.weight = a.weight
+    return nn.Sequential(a, a, nn.Sequential(c, nn.BatchNorm1d(2)), d)
+
+
+def test_places_of_tied_tensors_and_of_a_module_that_occurs_twice() -> None:
+    assert places_of(tied()) == {
+        "0.weight": "0.weight",
+        "0.bias": "0.bias",
+        "2.0.weight": "0.weight",
+        "2.0.bias": "2.0.bias",
+        "2.1.weight": "2.1.weight",
+        "2.1.bias": "2.1.bias",
+        "2.1.running_mean": "2.1.running_mean",
+        "2.1.running_var": "2.1.running_var",
+        "2.1.num_batches_tracked": "2.1.num_batches_tracked",
+        "3.weight": "3.weight",
+    }
+    assert set(places_of(tied()).values()) == {
+        name for name, _ in (*tied().named_parameters(), *tied().named_buffers())
+    }
+
+
+def test_holding_other_weights_for_a_while() -> None:
+    model = tied()
+    own = dict(model.named_parameters(remove_duplicate=False))
+    other = torch.ones(2, 2)
+    with pytest.raises(KeyError), holding(model, {"0.weight": other, "2.0.weight": other}):
+        assert model[0].weight is other and model[1].weight is other
+        assert model[2][0].weight is other  # type: ignore[index]
+        raise KeyError
+    after = dict(model.named_parameters(remove_duplicate=False))
+    assert after.keys() == own.keys() and all(after[name] is own[name] for name in own)
 
 
 def on_meta() -> nn.Module:

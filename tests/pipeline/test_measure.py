@@ -199,13 +199,25 @@ def test_a_layer_on_the_meta_device_stays_there() -> None:
             r"layer '2' \(Linear\) cannot take \{x: float32\[2, 4\], index: int64\[2\], more: "
             r"\(float32\[\], None\)\}: TypeError",
         ),
-        (nn.Sequential(nn.Linear(3, 4)), r"loss_fn MSELoss cannot take the output float32\[2, 4\]"),
+        (
+            nn.Sequential(nn.Linear(3, 4)),
+            r"loss_fn CrossEntropyLoss cannot take the output float32\[2, 4\] with the target "
+            r"float32\[2, 7\]: ",
+        ),
     ],
     ids=["shape", "nest", "loss"],
 )
 def test_what_cannot_run_is_named(model: nn.Sequential, match: str) -> None:
     with pytest.raises(InputError, match=match):
-        costs_of(model, torch.ones(2, 3), torch.ones(2, 7))
+        costs_of(model, torch.ones(2, 3), torch.ones(2, 7), nn.CrossEntropyLoss())
+
+
+def test_a_layer_that_cannot_be_copied_is_named() -> None:
+    layer = nn.Linear(3, 4)
+    layer.cache = layer.weight * 2
+    match = r"layer '0' \(Linear\) cannot be copied, .*; write balance='parameters'"
+    with pytest.raises(InputError, match=match):
+        costs_of(nn.Sequential(layer), torch.ones(2, 3))
 
 
 def test_a_layer_that_gives_no_tensor_is_named() -> None:

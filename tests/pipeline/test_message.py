@@ -12,7 +12,8 @@ from headrace.pipeline.message import (
     SMALL,
     Kind,
     Message,
-    TensorSpec,
+    Note,
+    add_notes,
     complete,
     decode,
     encode,
@@ -30,18 +31,21 @@ def travel(message: Message) -> Message:
     """What a receiver makes of what a sender sends; tensors that follow the frame are copied."""
     frame, large = encode(message)
     assert frame.dtype is torch.uint8 and frame_bytes(frame[:HEADER]) == len(frame)
+    notes = [Note(1000 + k, 7, 4096 * k, k - 1) for k in range(len(large))]
+    add_notes(frame, notes)
     bare, structure, parts = decode(frame)
     assert bare.body is None
-    rest = iter(large)
+    rest = zip(large, notes, strict=True)
     tensors = []
     for part in parts:
-        if isinstance(part, TensorSpec):
-            tensor = next(rest).clone()
-            assert (tensor.dtype, tuple(tensor.shape)) == (part.dtype, part.shape)
-            assert part.bytes == tensor.numel() * tensor.element_size()
-            tensors.append(tensor.requires_grad_(part.requires_grad))
-        else:
+        if isinstance(part, Tensor):
             tensors.append(part)
+        else:
+            (spec, note), (tensor, expected) = part, next(rest)
+            assert note == expected
+            assert (tensor.dtype, tuple(tensor.shape)) == (spec.dtype, spec.shape)
+            assert spec.bytes == tensor.numel() * tensor.element_size()
+            tensors.append(tensor.clone().requires_grad_(spec.requires_grad))
     assert next(rest, None) is None
     return complete(bare, structure, tensors)
 

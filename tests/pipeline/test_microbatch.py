@@ -67,5 +67,7 @@ def test_a_mini_batch_without_samples_is_refused() -> None:
 
 
 def test_outputs_of_unlike_shapes_cannot_be_joined() -> None:
-    with pytest.raises(InputError, match=r"unlike shapes .*float32\[2, 3\].*float32\[2, 4\]"):
+    with pytest.raises(InputError, match=r"cannot be .*0: float32\[2, 3\] and float32\[2, 4\]"):
         join([torch.zeros(2, 3), torch.zeros(2, 4)])
+    with pytest.raises(InputError, match=r"cannot be .*0: \(float32\[2\], float32\[\]\)"):
+        join([(torch.zeros(2), torch.tensor(1.0))])

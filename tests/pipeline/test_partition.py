@@ -32,10 +32,11 @@ def test_the_cut_is_the_best_of_all() -> None:
     for _ in range(200):
         layers = dice.randint(1, 10)
         stages = dice.randint(1, layers)
-        some_cost = dice.choice(
-            [dice.random, lambda: dice.randint(0, 3), lambda: 10 ** (3 * dice.random())]
-        )
-        costs = [some_cost() for _ in range(layers)]
+        kind = dice.randrange(3)
+        costs = [
+            (dice.random(), dice.randint(0, 3), 10 ** (3 * dice.random()))[kind]
+            for _ in range(layers)
+        ]
         sizes = cut(costs, stages)
         assert len(sizes) == stages and sum(sizes) == layers and min(sizes) >= 1
         best = min(costliest(costs, other) for other in every_cut(layers, stages))

@@ -56,7 +56,9 @@ def test_each_report_covers_what_came_since_the_last(clock: list[float]) -> None
     assert books.close(2).loss == 3.0
     books.begin()
     empty = books.close(2)
-    assert math.isnan(empty.loss) and (empty.samples, empty.micro_batches, empty.updates) == (0,) * 3
+    assert (
+        math.isnan(empty.loss) and (empty.samples, empty.micro_batches, empty.updates) == (0,) * 3
+    )
     books.begin()
     books.note(torch.tensor(7.0), 4, ROWS, 3, 0.1)
     last = books.close(5)
