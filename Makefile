@@ -24,7 +24,7 @@ lint: $(STAMP)
 $(STAMP): $(SETUP)
 	@test -d .venv || $(PYTHON) -m venv .venv
 	@echo "Installing into .venv"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@rm -f .venv/installed-* && touch $@
 
 # Runs stay.

@@ -120,7 +120,7 @@ class _Copies:
     def _step(self) -> None:
         x, target = self._batch
         self._optimizer.zero_grad()
-        cross_entropy(self._model(x), target).backward()
+        torch.autograd.backward(cross_entropy(self._model(x), target))
         self._optimizer.step()
 
     def samples_per_second(self) -> float:
@@ -152,7 +152,8 @@ class _TorchPipelining:
     def _step(self) -> None:
         x, target = self._batch
         self._optimizer.zero_grad()
-        self._schedule.step(*[x] * self._first, **({"target": target} if self._last else {}))
+        inputs = (x,) if self._first else ()
+        self._schedule.step(*inputs, target=target if self._last else None)
         self._optimizer.step()
 
     def samples_per_second(self) -> float:
@@ -160,7 +161,7 @@ class _TorchPipelining:
         for _ in range(self._steps):
             self._step()
         dist.barrier()
-        return self._steps * len(self._batch[0]) / (time.perf_counter() - start)
+        return float(self._steps * len(self._batch[0]) / (time.perf_counter() - start))
 
 
 def _print(options: argparse.Namespace, rates: dict[str, list[float]], pipe: Pipeline) -> None:

@@ -1,6 +1,7 @@
 """How one tensor gets from one process to another: straight, through host memory, or by nccl."""
 
 import threading
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,7 +31,7 @@ class Carrier:
     def _transfer(self, tensor: Tensor, peer: int, sends: bool) -> None:
         (self.send_host if sends else self.receive_host)(tensor, peer)
 
-    def mark(self) -> object:
+    def mark(self) -> Any:
         """Note the moment at which a message's tensors are complete."""
         return None
 
@@ -54,7 +55,7 @@ class Carrier:
         """Get the tensor that a note of the sender's `place` tells of."""
         raise RuntimeError(f"{type(self).__name__} has no place for tensors, yet got {note}")
 
-    def send(self, tensor: Tensor, peer: int, ready: object) -> None:
+    def send(self, tensor: Tensor, peer: int, ready: Any) -> None:
         """Send a tensor once it is complete; the calling thread waits until it is gone."""
         self.send_host(tensor, peer)
 
@@ -70,14 +71,14 @@ class HostStaged(Carrier):
 
     def __init__(self, device: torch.device, group: dist.ProcessGroup) -> None:
         super().__init__(device, group)
-        self.stream = torch.cuda.Stream(device)
+        self.stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
-    def mark(self) -> object:
-        event = torch.cuda.Event()
+    def mark(self) -> Any:
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(self.device))
         return event
 
-    def send(self, tensor: Tensor, peer: int, ready: object) -> None:
+    def send(self, tensor: Tensor, peer: int, ready: Any) -> None:
         if tensor.device.type == "cuda":
             with torch.cuda.stream(self.stream):
                 self.stream.wait_event(ready)
@@ -117,7 +118,7 @@ class Nccl(HostStaged):
         else:
             self.receive(TensorSpec(torch.float32, (1,), False, True), peer)
 
-    def send(self, tensor: Tensor, peer: int, ready: object) -> None:
+    def send(self, tensor: Tensor, peer: int, ready: Any) -> None:
         if tensor.device.type != "cuda":
             return self.send_host(tensor, peer)
         with torch.cuda.stream(self.stream):

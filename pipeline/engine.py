@@ -309,6 +309,7 @@ class Engine:
                     reply = own or (yield from self._take(self.links.from_downstream))
                     replies.append(reply)
                     self._send_up(reply)
+        stage.set_training(True)
         return replies
 
     def _infer_one(self, message: Message, finish: Callable[[Nest, Nest], Nest]) -> Message | None:

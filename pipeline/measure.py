@@ -65,7 +65,7 @@ def _copy(name: str, layer: nn.Module) -> nn.Module:
         return copy.deepcopy(layer)
     except Exception as error:
         raise InputError(
-            f"layer {name!r} ({type(layer).__name__}) cannot be copied, and balance='time' measures "
+            f"layer {name!r} ({type(layer).__name__}) cannot be copied, as balance='time' measures "
             f"copies: {first_line(error)}; write balance='parameters', or each stage's layers"
         ) from error
 

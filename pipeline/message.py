@@ -1,8 +1,8 @@
 """What travels between two stages, and its frame: the bytes that say all but the large tensors.
 
 A frame is a row of int64 codes (kind, micro-batch, numbers, the body's structure, each tensor's
-dtype and shape), the bytes of the small tensors, and a note on each large one. Its first `HEADER` bytes are sent
-first, for a receiver must know how much to expect; most frames are no longer than that.
+dtype and shape), the bytes of the small tensors, and a note on each large one. Its first `HEADER`
+bytes are sent first, for a receiver must know how much to expect; most frames are no longer.
 """
 
 import struct
@@ -90,7 +90,7 @@ class Note(NamedTuple):
 
     Args:
         process, file: the sender's process, and its descriptor there.
-        slot_bytes, slot: the size of the file's slots, and which one; slot −1: it comes by wire.
+        slot_bytes, slot: the size of the file's slots, and which one; slot -1: it comes by wire.
     """
 
     process: int
@@ -120,7 +120,8 @@ def encode(message: Message) -> tuple[Tensor, list[Tensor]]:
     codes = [0, message.kind, message.index, message.last]
     codes += [len(message.numbers), *struct.unpack(f"{len(message.numbers)}q", numbers)]
     codes += [len(structure), *structure, len(tensors)]
-    small, large = [], []
+    small: list[Tensor] = []
+    large: list[Tensor] = []
     for tensor in tensors:
         spec = _specify(tensor)
         codes += [_CODES[spec.dtype], spec.requires_grad + 2 * spec.on_accelerator]
@@ -184,7 +185,8 @@ def decode(
     specs = []
     for _ in range(take(1)[0]):
         dtype, flags, dims = take(3)
-        specs.append(TensorSpec(_DTYPES[dtype], tuple(take(dims)), bool(flags & 1), bool(flags & 2)))
+        shape = tuple(take(dims))
+        specs.append(TensorSpec(_DTYPES[dtype], shape, bool(flags & 1), bool(flags & 2)))
     tensors: list[Tensor | tuple[TensorSpec, Note]] = []
     place = used * 8
     large = sum(not spec.in_frame for spec in specs)

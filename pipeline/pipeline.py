@@ -11,11 +11,12 @@ from typing import Any, Literal, Self, cast
 import torch
 from torch import Tensor, nn
 
+from .arguments import check_choices, check_counts, check_timeout, choose_stages
 from .driver import Alone, Apart, Driver
 from .engine import Call, Engine, Metrics
 from .feed import Source, begin, feed, read
 from .layers import Layers, materialise
-from .loss import Loss, name_of
+from .loss import Loss
 from .measure import measure
 from .message import Message
 from .microbatch import split
@@ -98,6 +99,7 @@ class Pipeline:
         on_nonfinite: str = "stop",
         timeout: tuple[float, float] = (300.0, 60.0),
     ) -> None:
+        check_timeout(timeout)
         self._driver: Driver | None = None
         self._world = meet()
         self._watch = self._start_watch(self._world, timeout) if self._world else None
@@ -108,10 +110,10 @@ class Pipeline:
         atexit.register(_end, weakref.ref(self))
         with self._reporting("building the pipeline", refuses=True):
             self.rank = self._world.rank if self._world else 0
-            self.stages = _choose_stages(stages, self._world)
+            self.stages = choose_stages(stages, self._world)
             check_model(model, self.stages)
-            _check(loss_fn, optimizer, schedule, on_nonfinite, timeout)
-            _check_counts(micro_batches, update_every, clip_grad_norm)
+            check_choices(loss_fn, optimizer, schedule, on_nonfinite)
+            check_counts(micro_batches, update_every, clip_grad_norm)
             self._model, self._balance, self._micro_batches = model, balance, micro_batches
             self._schedule = SCHEDULES[schedule]
             self._rule = rule or (Exact() if self._schedule.flushes else Delayed("stash"))
@@ -177,6 +179,8 @@ class Pipeline:
             InputError: the loader raises, gives nothing, or what cannot be cut into samples.
             FloatingPointError: a loss or gradient is not finite (on_nonfinite='stop').
         """
+        if log_every < 1:
+            raise ValueError(f"log_every={log_every!r}: give a whole number >= 1")
         batches = self._open(loader, pairs_only=True)
         first = self._engines[0]
         first.books.log, first.books.log_every = log, log_every
@@ -462,53 +466,3 @@ def _end(reference: "weakref.ref[Pipeline]") -> None:
             watch.end_process_if_failed()
     elif not pipeline._closed and pipeline._driver is not None:
         pipeline.close()
-
-
-def _choose_stages(stages: int | None, world: World | None) -> int:
-    ranks = world.size if world else None
-    if stages is None:
-        return ranks or 1
-    if isinstance(stages, bool) or not isinstance(stages, int) or stages < 1:
-        raise ValueError(f"stages={stages!r}: give a whole number >= 1")
-    if ranks is not None and ranks != stages:
-        if ranks < stages:
-            hint = f"start with torchrun --nproc-per-node {stages}, or write stages={ranks}"
-        else:
-            hint = (
-                f"{ranks} ranks are not {stages} stages, and replicas of a pipeline are not there "
-                f"yet: start {stages} ranks, or write stages={ranks}"
-            )
-        raise ValueError(f"stages={stages} but torchrun started {ranks} ranks: {hint}")
-    return stages
-
-
-def _check(
-    loss_fn: Any, optimizer: Any, schedule: str, on_nonfinite: str, timeout: Sequence[float]
-) -> None:
-    if not callable(loss_fn):
-        raise TypeError(f"loss_fn={loss_fn!r} cannot be called: give a function or a module")
-    if isinstance(loss_fn, nn.Module) and any(p.requires_grad for p in loss_fn.parameters()):
-        raise ValueError(
-            f"loss_fn={name_of(loss_fn)} has weights of its own, which no stage would train: put "
-            "them into the model's last layer, or freeze them with requires_grad_(False)"
-        )
-    if isinstance(optimizer, torch.optim.Optimizer) or not callable(optimizer):
-        raise TypeError(
-            f"optimizer is a {type(optimizer).__name__}: give a function that makes one for a "
-            "stage's parameters, as in optimizer=lambda params: torch.optim.SGD(params, lr=0.1)"
-        )
-    if schedule not in SCHEDULES:
-        raise ValueError(f"schedule={schedule!r}: write one of {', '.join(SCHEDULES)}")
-    if on_nonfinite not in ("stop", "skip"):
-        raise ValueError(f"on_nonfinite={on_nonfinite!r}: write 'stop' or 'skip'")
-    if len(timeout) != 2 or min(timeout) <= 0:
-        raise ValueError(f"timeout={timeout!r}: give two numbers of seconds, until the first "
-                         "update and after it, as in (300, 60)")  # fmt: skip
-
-
-def _check_counts(micro_batches: int, update_every: int, clip_grad_norm: float | None) -> None:
-    for name, value in (("micro_batches", micro_batches), ("update_every", update_every)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}={value!r}: give a whole number >= 1")
-    if clip_grad_norm is not None and not clip_grad_norm > 0:
-        raise ValueError(f"clip_grad_norm={clip_grad_norm!r}: give a number > 0, or None")

@@ -152,6 +152,8 @@ class Books:
         self._losses.append(loss.detach())
         self._samples.append(samples)
         self.rows = rows
+        if not self._rows[0].clock:
+            self._rows = rows  # the first ever: shares are counted from here
         if len(self._losses) == self.log_every:
             self._log(version, rate)
 

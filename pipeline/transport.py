@@ -11,8 +11,9 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from itertools import pairwise
 from queue import SimpleQueue
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -100,7 +101,7 @@ def _copy(tensor: Tensor) -> Tensor:
 def connect_locally(stages: int) -> list[Links]:
     """Connect n stages of one process."""
     links = [Links() for _ in range(stages)]
-    for above, below in zip(links, links[1:], strict=False):
+    for above, below in pairwise(links):
         down, up = LocalChannel(), LocalChannel()
         above.to_downstream, below.from_upstream = down, down
         above.from_downstream, below.to_upstream = up, up
@@ -129,7 +130,7 @@ def connect(
         on_lost: called from a thread with a neighbour's rank when the link to it breaks.
     """
     links = Links()
-    for above, below in zip(ranks, ranks[1:], strict=False):
+    for above, below in pairwise(ranks):
         for source, target in ((above, below), (below, above)):
             group = dist.new_group([above, below], timeout=FOREVER, backend="gloo")
             carrier = _choose_carrier(device, shared_device, [above, below], group)
@@ -172,7 +173,7 @@ class _Sender(threading.Thread):
     ) -> None:
         super().__init__(name=f"headrace-send-{peer}", daemon=True)
         self._carrier, self._peer, self._on_lost = carrier, peer, on_lost
-        self._queue: SimpleQueue[tuple[Kind, Tensor, list[Tensor], object]] = SimpleQueue()
+        self._queue: SimpleQueue[tuple[Kind, Tensor, list[Tensor], Any]] = SimpleQueue()
         self.start()
 
     def send(self, message: Message) -> None:

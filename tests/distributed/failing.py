@@ -14,17 +14,32 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from headrace.pipeline import Pipeline, Progress
 
 from ..pipeline.helpers import momentum
 
-__all__ = ["FLAG", "Plan", "Trap", "batches", "do", "misfortune", "network", "rank"]
-
-Batches = list[tuple[Tensor, Tensor]]
+__all__ = [
+    "FLAG",
+    "Plan",
+    "at_rest",
+    "batches",
+    "busy_then_dead",
+    "do",
+    "journal",
+    "misfortune",
+    "rank",
+    "ranks",
+    "while_connecting",
+    "with_workers",
+]
 
 FLAG = "now"
 """The file that a rank makes when it is about to do its deed."""
+
+NAP = 3.5
+"""Seconds of a sleep that must kill nobody."""
 
 
 @dataclass(frozen=True)
@@ -33,20 +48,24 @@ class Plan:
 
     Args:
         deed: see `do`.
-        moment: 'start', 'forward', 'backward', 'evaluation', 'loader' or 'between'.
+        moment: 'start', 'forward', 'backward', 'evaluation', 'loader', 'between' or 'log'.
         count: of the forward, the backward or the mini-batch at which it is done, from 0.
-        options: the Pipeline's.
+        timeout: the Pipeline's.
     """
 
     deed: str
-    stage: int
-    moment: str
+    stage: int = 0
+    moment: str = "forward"
     count: int = 0
-    options: tuple[tuple[str, Any], ...] = ()
+    timeout: tuple[float, float] = (300.0, 60.0)
 
 
 def rank() -> int:
     return int(os.environ["RANK"])
+
+
+def ranks() -> int:
+    return int(os.environ["WORLD_SIZE"])
 
 
 def do(deed: str) -> None:
@@ -62,9 +81,9 @@ def do(deed: str) -> None:
         sys.exit(3)
     elif deed == "vanish":
         os._exit(0)
+    elif deed == "nap":
+        time.sleep(NAP)
     elif deed == "sleep":
-        time.sleep(3.5)
-    elif deed == "sleep long":
         time.sleep(100)
     elif deed == "compute":  # without the interpreter's lock, and deaf to signals
         hashlib.pbkdf2_hmac("sha256", b"", b"", 500_000_000)
@@ -87,18 +106,17 @@ class Trap(nn.Module):
                 do(self.plan.deed)
             return x
         self.forwards += 1
-        if self._is_time("forward", self.forwards):
-            do(self.plan.deed)
+        self._fire("forward", self.forwards)
         result: Tensor = _Backward.apply(x, self.fire_backward)  # type: ignore[no-untyped-call]
         return result
 
     def fire_backward(self) -> None:
         self.backwards += 1
-        if self._is_time("backward", self.backwards):
-            do(self.plan.deed)
+        self._fire("backward", self.backwards)
 
-    def _is_time(self, moment: str, times: int) -> bool:
-        return self.armed and self.plan.moment == moment and times == self.plan.count + 1
+    def _fire(self, moment: str, times: int) -> None:
+        if self.armed and self.plan.moment == moment and times == self.plan.count + 1:
+            do(self.plan.deed)
 
 
 class _Backward(torch.autograd.Function):
@@ -115,16 +133,23 @@ class _Backward(torch.autograd.Function):
         return gradients[0], None
 
 
-def network(plan: Plan, stages: int) -> nn.Sequential:
-    """Three layers a stage, the second a trap: stage j's is layer 3j+1."""
+def build(plan: Plan, **options: Any) -> Pipeline:
+    """A pipeline of three layers a stage, the second a trap: stage j's is layer 3j+1."""
     torch.manual_seed(1)
     layers: list[nn.Module] = []
-    for stage in range(stages):
+    for stage in range(ranks()):
         layers += [nn.Linear(4, 4), Trap(plan, stage), nn.Tanh()]
-    return nn.Sequential(*layers)
+    return Pipeline(
+        nn.Sequential(*layers),
+        nn.MSELoss(),
+        momentum,
+        balance=[3] * ranks(),
+        timeout=plan.timeout,
+        **options,
+    )
 
 
-def batches(count: int) -> Batches:
+def batches(count: int) -> list[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(2)
     return [
         (torch.randn(6, 4, generator=generator), torch.randn(6, 4, generator=generator))
@@ -141,13 +166,14 @@ def loader(plan: Plan, count: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 def misfortune(plan: Plan, epochs: int = 200) -> None:
     """Train, evaluate and train on; a deed that ends nothing lets it come to its end."""
-    stages = int(os.environ["WORLD_SIZE"])
     here = rank() == plan.stage
-    options = {"balance": [3] * stages, **dict(plan.options)}
-    pipe = Pipeline(network(plan, stages), nn.MSELoss(), momentum, **options)
+    pipe = build(plan)
     if here and plan.moment == "start":
         do(plan.deed)
-    pipe.train(loader(plan, 20))
+    if here and plan.moment == "log":
+        pipe.train(batches(20), log=lambda progress: do(plan.deed), log_every=15)
+    else:
+        pipe.train(loader(plan, 20))
     pipe.evaluate(batches(3))
     if here and plan.moment == "between":
         do(plan.deed)
@@ -158,8 +184,7 @@ def misfortune(plan: Plan, epochs: int = 200) -> None:
 
 def at_rest(plan: Plan) -> None:
     """After some training, the stage does its deed while all others are in user code."""
-    stages = int(os.environ["WORLD_SIZE"])
-    pipe = Pipeline(network(plan, stages), nn.MSELoss(), momentum, balance=[3] * stages)
+    pipe = build(plan)
     pipe.train(batches(20))
     pipe.drain()
     if rank() == plan.stage:
@@ -167,37 +192,8 @@ def at_rest(plan: Plan) -> None:
     time.sleep(100)
 
 
-def journal(plan: Plan) -> None:
-    """Train on and on, and write a line for each micro-batch."""
-    stages = int(os.environ["WORLD_SIZE"])
-    with (
-        open(f"journal{rank()}", "w") as file,
-        Pipeline(network(plan, stages), nn.MSELoss(), momentum, balance=[3] * stages) as pipe,
-    ):
-
-        def write(progress: Progress) -> None:
-            file.write(json.dumps({"loss": progress.loss, "pad": "x" * 300}) + "\n")
-            if progress.micro_batch > 50:
-                Path(FLAG).touch()
-
-        while True:
-            pipe.train(batches(20), log=write, log_every=1)
-
-
-def with_workers(plan: Plan) -> None:
-    """The loader has worker processes of its own."""
-    stages = int(os.environ["WORLD_SIZE"])
-    x, y = (torch.cat(column) for column in zip(*batches(50), strict=True))
-    data = torch.utils.data.TensorDataset(x, y)
-    loader = torch.utils.data.DataLoader(data, batch_size=4, num_workers=2)
-    with Pipeline(network(plan, stages), nn.MSELoss(), momentum, balance=[3] * stages) as pipe:
-        while True:
-            pipe.train(loader)
-
-
 def while_connecting(plan: Plan) -> None:
-    """The deed is done between two of the connections that are made in the beginning."""
-    stages = int(os.environ["WORLD_SIZE"])
+    """The deed is done before the connection number `count` of those made in the beginning."""
     new_group, made = torch.distributed.new_group, 0
 
     def connect(*args: Any, **keywords: Any) -> Any:
@@ -207,29 +203,41 @@ def while_connecting(plan: Plan) -> None:
             do(plan.deed)
         return new_group(*args, **keywords)
 
-    torch.distributed.new_group = connect  # type: ignore[assignment]
-    pipe = Pipeline(
-        network(plan, stages), nn.MSELoss(), momentum, balance=[3] * stages, **dict(plan.options)
-    )
+    torch.distributed.new_group = connect
+    pipe = build(plan)
     pipe.train(batches(20))
     pipe.close()
 
 
 def busy_then_dead(plan: Plan, busy: int) -> None:
-    """Stage `busy` is long in its forward 9, with its inboxes full; then the plan's stage dies."""
-    stages = int(os.environ["WORLD_SIZE"])
-    long = Plan("sleep long", busy, "forward", 9)
-    with Pipeline(
-        network(long, stages), nn.MSELoss(), momentum, balance=[3] * stages, slack=2
-    ) as pipe:
+    """Stage `busy` is long in its forward 9, its inboxes fill; then the plan's stage dies."""
+    with build(Plan("sleep", busy, "forward", 9, plan.timeout), slack=2) as pipe:
         if rank() == plan.stage:
-            threading.Thread(target=_die_after_flag, args=[plan], daemon=True).start()
+            threading.Thread(target=_do_after_flag, args=[plan], daemon=True).start()
         pipe.train(batches(200))
 
 
-def _die_after_flag(plan: Plan) -> None:
+def _do_after_flag(plan: Plan) -> None:
     while not Path(FLAG).exists():
         time.sleep(0.01)
     time.sleep(0.5)  # the others go on until they wait for the busy one
-    Path("dead").touch()
     do(plan.deed)
+
+
+def journal(plan: Plan) -> None:
+    """Train on and on, and write a line for each micro-batch."""
+    with open("journal", "a") as file, build(plan) as pipe:
+
+        def write(progress: Progress) -> None:
+            file.write(json.dumps({"loss": progress.loss, "padding": "x" * 300}) + "\n")
+
+        while True:
+            pipe.train(batches(20), log=write, log_every=1)
+
+
+def with_workers(plan: Plan) -> None:
+    """The loader has worker processes of its own."""
+    data = TensorDataset(torch.randn(200_000, 4), torch.randn(200_000, 4))
+    loader = DataLoader(data, batch_size=4, num_workers=2)
+    with build(plan) as pipe:
+        pipe.train(loader)

@@ -117,6 +117,12 @@ class Job:
         assert ok, f"not all ranks ended within {seconds} s:\n{outcome}"
         return outcome
 
+    def wait_for_end(self, ranks: Iterable[int], seconds: float = 30.0) -> None:
+        """Wait until these ranks have ended, and leave the others alone."""
+        pids = [self.pids[rank] for rank in ranks]
+        with self.changed:
+            assert self.changed.wait_for(lambda: all(p in self.deaths for p in pids), seconds)
+
     def kill(self) -> None:
         """Kill the ranks that are left, and what they started."""
         for pid in self.pids:

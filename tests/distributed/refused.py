@@ -1,8 +1,5 @@
 """Programs that cannot work, each for a reason of its own."""
 
-import os
-import sys
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,7 +10,7 @@ from headrace.pipeline import Pipeline
 from headrace.pipeline.rules import Delayed, Exact
 
 from ..pipeline.helpers import momentum
-from .failing import batches, rank
+from .failing import batches
 
 __all__ = ["REFUSED", "refuse"]
 

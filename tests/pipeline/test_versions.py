@@ -130,5 +130,5 @@ def test_a_flight_is_let_go_of_with_all_it_holds() -> None:
     for engine in pipe._engines:
         assert not engine.stage.flights
         copies = engine.stage.rule.policy.versions.copies  # type: ignore[attr-defined]
-        assert [c.users for c in copies] == {0} * len(copies)
+        assert [c.users for c in copies] == [0] * len(copies)
         assert all(leaf.grad is None for c in copies for leaf in c.leaves.values())

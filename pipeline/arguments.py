@@ -1,0 +1,70 @@
+"""A pipeline's arguments: each is refused by name, with its value and what to write instead."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .loss import name_of
+from .schedule import SCHEDULES
+from .world import World
+
+__all__ = ["check_choices", "check_counts", "check_timeout", "choose_stages"]
+
+
+def choose_stages(stages: int | None, world: World | None) -> int:
+    """The number of stages: as told, if there are as many ranks; or one for each rank."""
+    ranks = world.size if world else None
+    if stages is None:
+        return ranks or 1
+    if isinstance(stages, bool) or not isinstance(stages, int) or stages < 1:
+        raise ValueError(f"stages={stages!r}: give a whole number >= 1")
+    if ranks is not None and ranks != stages:
+        if ranks < stages:
+            hint = f"start with torchrun --nproc-per-node {stages}, or write stages={ranks}"
+        else:
+            hint = (
+                f"{ranks} ranks are not {stages} stages, and replicas of a pipeline are not there "
+                f"yet: start {stages} ranks, or write stages={ranks}"
+            )
+        raise ValueError(f"stages={stages} but torchrun started {ranks} ranks: {hint}")
+    return stages
+
+
+def check_choices(loss_fn: Any, optimizer: Any, schedule: str, on_nonfinite: str) -> None:
+    """Refuse a loss, optimizer, schedule or policy that is none."""
+    if not callable(loss_fn):
+        raise TypeError(f"loss_fn={loss_fn!r} cannot be called: give a function or a module")
+    if isinstance(loss_fn, nn.Module) and any(p.requires_grad for p in loss_fn.parameters()):
+        raise ValueError(
+            f"loss_fn={name_of(loss_fn)} has weights of its own, which no stage would train: put "
+            "them into the model's last layer, or freeze them with requires_grad_(False)"
+        )
+    if isinstance(optimizer, torch.optim.Optimizer) or not callable(optimizer):
+        raise TypeError(
+            f"optimizer is a {type(optimizer).__name__}: give a function that makes one for a "
+            "stage's parameters, as in optimizer=lambda params: torch.optim.SGD(params, lr=0.1)"
+        )
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule={schedule!r}: write one of {', '.join(SCHEDULES)}")
+    if on_nonfinite not in ("stop", "skip"):
+        raise ValueError(f"on_nonfinite={on_nonfinite!r}: write 'stop' or 'skip'")
+
+
+def check_timeout(timeout: Sequence[float]) -> None:
+    """Refuse what is not two numbers of seconds."""
+    if not isinstance(timeout, Sequence) or len(timeout) != 2 or min(timeout) <= 0:
+        raise ValueError(
+            f"timeout={timeout!r}: give two numbers of seconds, until the first update and after "
+            "it, as in (300, 60)"
+        )
+
+
+def check_counts(micro_batches: int, update_every: int, clip_grad_norm: float | None) -> None:
+    """Refuse numbers that are none, or too small."""
+    for name, value in (("micro_batches", micro_batches), ("update_every", update_every)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}={value!r}: give a whole number >= 1")
+    if clip_grad_norm is not None and not clip_grad_norm > 0:
+        raise ValueError(f"clip_grad_norm={clip_grad_norm!r}: give a number > 0, or None")
