@@ -31,7 +31,7 @@ class Outcome:
 
     Args:
         codes: exit codes; a signal's number, negative, where it was killed.
-        ended: seconds on one clock.
+        ended: by `time.time()`.
         results: what the program returned; None where it did not return.
     """
 

@@ -93,6 +93,17 @@ def test_delayed(name: str, stages: int, weights: str) -> None:
     pipe.close()
 
 
+@pytest.mark.parametrize("weights", ["current", "replay"])
+@pytest.mark.parametrize("name", ["own_parameter", "own_buffer"])
+def test_what_leaves_a_stage_is_none_of_its_own_tensors(name: str, weights: str) -> None:
+    """On the wire it would still be waiting to be sent when the next update moves it."""
+    odd = made(name)
+    stage = pipeline(odd, 2, rule=Delayed(weights))._engines[0].stage
+    output: Any = stage.forward(0, odd.batches[0][0], None, 4)
+    shift = stage.layers.state_dict()["2.shift"]
+    assert torch.equal(output[1], shift) and output[1].data_ptr() != shift.data_ptr()
+
+
 @pytest.mark.parametrize("update_every", [1, 3])
 @pytest.mark.parametrize("stages", [1, 2, 3])
 def test_sparse_gradients_with_their_own_optimizer(stages: int, update_every: int) -> None:
