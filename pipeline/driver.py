@@ -17,7 +17,7 @@ class Driver(Protocol):
 
     engines: list[Engine]
 
-    def run(self, call: Call, messages: Iterator[Message] | None) -> Any:
+    def run(self, call: Call, messages: Iterator[Message]) -> Any:
         """Make a call with the first stage's messages, and give its result."""
 
 
@@ -28,8 +28,7 @@ class Alone:
         self.engines, self._source = list(engines), source
         self._flows = [engine.serve() for engine in engines]
 
-    def run(self, call: Call, messages: Iterator[Message] | None) -> Any:
-        assert messages is not None
+    def run(self, call: Call, messages: Iterator[Message]) -> Any:
         self._source.open(messages)
         results: dict[int, Any] = {}
         while len(results) < len(self.engines):
@@ -63,16 +62,15 @@ class Alone:
 class Apart:
     """This rank's stage alone; the others are other ranks'."""
 
-    def __init__(self, engine: Engine, source: Source | None, watch: Watch) -> None:
+    def __init__(self, engine: Engine, source: Source, watch: Watch) -> None:
         self.engines, self._source, self._watch = [engine], source, watch
         self._flow = engine.serve()
         self.waiting = False
 
-    def run(self, call: Call, messages: Iterator[Message] | None) -> Any:
+    def run(self, call: Call, messages: Iterator[Message]) -> Any:
         engine = self.engines[0]
         engine.expected = call
-        if self._source is not None and messages is not None:
-            self._source.open(messages)
+        self._source.open(messages)
         self._watch.check()
         while (done := next(self._flow)) is None:
             self.waiting = True

@@ -14,10 +14,15 @@ __all__ = ["Source", "begin", "feed", "read"]
 
 
 class Source:
-    """The first stage's upstream channel: its messages are made when they are asked for."""
+    """The first stage's upstream channel: its messages are made when they are asked for.
+
+    A loader at fault ends the call on all stages as its last mini-batch would; then the error goes
+    its way (`finish`), and the stages are whole.
+    """
 
     def __init__(self) -> None:
         self._messages: Iterator[Message] = iter(())
+        self._error: InputError | None = None
 
     def open(self, messages: Iterator[Message]) -> None:
         """Go on with these messages."""
@@ -25,7 +30,17 @@ class Source:
 
     def poll(self) -> Message | None:
         """Give the next message, if there is one."""
-        return next(self._messages, None)
+        try:
+            return next(self._messages, None)
+        except InputError as error:
+            self._error = error
+            return Message(Kind.END)
+
+    def finish(self) -> None:
+        """Raise what the loader did wrong in the call that is over."""
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
 
 
 def begin(call: Call) -> Iterator[Message]:

@@ -17,7 +17,7 @@ from .settings import Settings, autocasting, make_optimizers
 __all__ = ["measure"]
 
 ROUNDS = 7
-"""Passes over the model; each layer's quickest counts."""
+"""Runs of each layer; the quickest counts."""
 
 
 def measure(
@@ -29,7 +29,7 @@ def measure(
     seed: int = 0,
     rounds: int = ROUNDS,
 ) -> list[LayerCost]:
-    """Time every layer on one micro-batch; the loss belongs to the last.
+    """Time every layer on one micro-batch, one after the other; the loss belongs to the last.
 
     The model's weights, buffers and the random state stay as they are. The first layer needs no
     gradient of its input, and is measured without.
@@ -42,7 +42,7 @@ def measure(
     Raises:
         InputError: a layer or the loss cannot take what comes to it.
     """
-    probes: list[_Probe] = []
+    costs: list[LayerCost] = []
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         x = to_device(map_tensors(torch.detach, x), device)
@@ -52,12 +52,12 @@ def measure(
             layer = _copy(name, original)
             materialise(name, layer, seed, device)
             loss_target = (target,) if name == layers[-1][0] and target is not None else ()
-            probes.append(_Probe(name, layer.to(device), x, loss_target, settings, device))
-            x = probes[-1].try_out()
-        for _ in range(rounds):
-            for probe in probes:
+            probe = _Probe(name, layer.to(device), x, loss_target, settings, device)
+            x = probe.try_out()
+            for _ in range(rounds):
                 probe.time()
-    return [probe.cost() for probe in probes]
+            costs.append(probe.cost())
+    return costs
 
 
 def _copy(name: str, layer: nn.Module) -> nn.Module:

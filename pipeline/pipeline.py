@@ -104,7 +104,6 @@ class Pipeline:
         self._world = meet()
         self._watch = self._start_watch(self._world, timeout) if self._world else None
         self.partition: Partition | None = None
-        self._fed = 0
         self._closed = False
         self._links: list[Links] = []
         atexit.register(_end, weakref.ref(self))
@@ -186,9 +185,8 @@ class Pipeline:
         first.books.log, first.books.log_every = log, log_every
         tune_at = TUNE_AT if self._tunes else None
         report: Report = self._run(
-            Call.TRAIN, feed(Call.TRAIN, batches, self._micro_batches, self._fed, tune_at)
+            Call.TRAIN, feed(Call.TRAIN, batches, self._micro_batches, first.trained, tune_at)
         )
-        self._fed = first.trained
         return report
 
     def evaluate(self, loader: Iterable[Any], metrics: Metrics | None = None) -> dict[str, float]:
@@ -197,6 +195,8 @@ class Pipeline:
         Args:
             metrics: names to functions of (output, target) that give a mean over the samples.
         """
+        if metrics and "loss" in metrics:
+            raise ValueError("metrics has one named 'loss', as the loss itself is: rename it")
         batches = self._open(loader, pairs_only=True)
         self._engines[-1].metrics = dict(metrics or {})
         messages = feed(Call.EVALUATE, batches, self._micro_batches, 0, None)
@@ -365,7 +365,7 @@ class Pipeline:
 
     def _build(self) -> None:
         assert self.partition is not None
-        source = Source() if self.is_first else None
+        self._source = source = Source()
         self._names = set(self._model.state_dict())
         mine = range(self.stages) if self._world is None else [self.rank]
         engines = []
@@ -375,7 +375,6 @@ class Pipeline:
             engines.append(Engine(self._make_stage(j), self._schedule, self._depths, links))
         self._engines = engines
         if self._watch is None:
-            assert source is not None
             self._driver = Alone(engines, source)
         else:
             self._driver = Apart(engines[0], source, self._watch)
@@ -407,10 +406,12 @@ class Pipeline:
             self._require_open()
         with self._reporting(lambda: driver.engines[0].doing), _gradients():
             try:
-                return driver.run(call, messages or begin(call))
+                result = driver.run(call, messages or begin(call))
             except BaseException:
                 self._closed = self._closed or self._watch is None
                 raise
+            self._source.finish()
+            return result
 
     def _require_open(self) -> None:
         if self._closed:

@@ -1,5 +1,6 @@
 """A program that trains, evaluates and predicts, in many configurations, and tells all it saw."""
 
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from headrace.pipeline.rules import Delayed
 
 from ..pipeline.helpers import adamw, halve_slowly, momentum
 
-__all__ = ["CASES", "Account", "Case", "run_case", "run_cases"]
+__all__ = ["CASES", "Account", "Case", "run_case", "run_cases", "run_one"]
 
 SIZES = {2: [9, 7], 3: [5, 6, 5], 4: [4, 4, 4, 4]}
 """Layers per stage: not all cuts fall between the blocks of four."""
@@ -133,6 +134,12 @@ def run_cases(stages: int, alone: bool) -> dict[str, Account]:
     """All of them one after the other, in one job."""
     many = stages if alone else None
     return {name: run_case(case, many, SIZES[stages]) for name, case in CASES.items()}
+
+
+def run_one(name: str) -> Account:
+    """One of them, as a job of its own."""
+    stages = int(os.environ["WORLD_SIZE"])
+    return run_case(CASES[name], None, SIZES[stages])
 
 
 def _without(numbers: dict[str, Any], *clocks: str) -> dict[str, Any]:

@@ -1,0 +1,33 @@
+"""What cannot work is refused on all ranks: one line, exit code 2, before anything hangs."""
+
+import re
+import socket
+
+import pytest
+
+from .ranks import Launcher
+from .refused import REFUSED, refuse
+from .scripts import end_without_close
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(launcher: Launcher, name: str) -> None:
+    outcome = launcher.run(refuse, 2, name)
+    outcome.expect(2, 2)
+    assert re.match(f"headrace: {REFUSED[name][1]}", outcome.report), outcome.report
+    assert outcome.tracebacks == 0, f"{outcome}"
+    assert outcome.seconds_from_first_to_last() < 5
+
+
+def test_port_in_use(launcher: Launcher) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        taken = {"MASTER_PORT": port, "WORLD_SIZE": "2"}
+        outcome = launcher.run(end_without_close, 1, None, agent=False, environment=taken)
+    outcome.expect(2)
+    assert re.match(
+        f"headrace: the ranks cannot meet at 127.0.0.1:{port}: .*in use", outcome.report
+    )
+    assert outcome.tracebacks == 0
