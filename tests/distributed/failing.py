@@ -193,13 +193,19 @@ def at_rest(plan: Plan) -> None:
 
 
 def while_connecting(plan: Plan) -> None:
-    """The deed is done before the connection number `count` of those made in the beginning."""
+    """The deed is done before the connection number `count` of those made in the beginning.
+
+    All ranks have met by then: until they have, nobody watches.
+    """
     new_group, made = torch.distributed.new_group, 0
 
     def connect(*args: Any, **keywords: Any) -> Any:
         nonlocal made
         made += 1
+        Path(f"met{rank()}").touch()
         if rank() == plan.stage and made == plan.count + 1:
+            while len(list(Path.cwd().glob("met*"))) < ranks():
+                time.sleep(0.01)
             do(plan.deed)
         return new_group(*args, **keywords)
 

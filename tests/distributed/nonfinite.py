@@ -88,8 +88,8 @@ def _is_large(x: Tensor) -> bool:
 
 
 def sgd(params: list[tuple[str, nn.Parameter]]) -> Optimizer:
-    """Its effective learning rate is 0.02 / (1 - 0.5) = 0.04."""
-    return torch.optim.SGD(params, lr=0.02, momentum=0.5)
+    """Its effective learning rate is 0.002 / (1 - 0.5) = 0.004."""
+    return torch.optim.SGD(params, lr=0.002, momentum=0.5)
 
 
 def build(poison: Poison) -> nn.Sequential:

@@ -14,7 +14,15 @@ from headrace.pipeline.rules import Exact
 
 from ..pipeline.helpers import momentum
 
-__all__ = ["PAYLOADS", "Payload", "Seen", "choose_slack", "plain", "train_payload", "train_payloads"]
+__all__ = [
+    "PAYLOADS",
+    "Payload",
+    "Seen",
+    "choose_slack",
+    "plain",
+    "train_payload",
+    "train_payloads",
+]
 
 
 class Apply(nn.Module):
@@ -206,11 +214,18 @@ PAYLOADS = {
         weighted,
     ),
     "changing lengths": Payload(
-        lambda: [nn.Embedding(7, 4), Apply(torch.tanh), nn.Linear(4, 4), Apply(lambda h: h.mean(1)),
-                 nn.Linear(4, 2)],
+        lambda: [
+            nn.Embedding(7, 4),
+            Apply(torch.tanh),
+            nn.Linear(4, 4),
+            Apply(lambda h: h.mean(1)),
+            nn.Linear(4, 2),
+        ],
         (1, 2, 2),
-        {"1": {f"float32[4, {n}, 4]" for n in (3, 9, 1, 30, 2)},
-         "3": {f"float32[4, {n}, 4]" for n in (3, 9, 1, 30, 2)}},
+        {
+            "1": {f"float32[4, {n}, 4]" for n in (3, 9, 1, 30, 2)},
+            "3": {f"float32[4, {n}, 4]" for n in (3, 9, 1, 30, 2)},
+        },
         sentences,
         nn.CrossEntropyLoss(),
     ),  # fmt: skip
@@ -240,8 +255,15 @@ PAYLOADS = {
         {"1": {FLOATS}},
     ),
     "in place at a border": Payload(
-        lambda: [nn.Linear(4, 4), nn.ReLU(inplace=True), nn.Linear(4, 4), nn.Tanh(),
-                 nn.Dropout(0.0, inplace=True), Apply(torch.tanh), nn.Linear(4, 2)],
+        lambda: [
+            nn.Linear(4, 4),
+            nn.ReLU(inplace=True),
+            nn.Linear(4, 4),
+            nn.Tanh(),
+            nn.Dropout(0.0, inplace=True),
+            Apply(torch.tanh),
+            nn.Linear(4, 2),
+        ],
         (1, 3, 3),
         {"5": {FLOATS}},
     ),  # fmt: skip

@@ -69,7 +69,12 @@ class Outcome:
     def __str__(self) -> str:
         parts = [f"exit codes {self.codes}"]
         for rank, (out, err) in enumerate(zip(self.out, self.err, strict=True)):
-            parts += [f"--- rank {rank} said", out[-4000:], f"--- rank {rank} complained", err[-4000:]]
+            parts += [
+                f"--- rank {rank} said",
+                out[-4000:],
+                f"--- rank {rank} complained",
+                err[-4000:],
+            ]
         return "\n".join(parts)
 
 
@@ -88,6 +93,11 @@ class Job:
     store: dist.Store | None = None
     """Hosted here, as torchrun's agent does, for as long as the job lasts."""
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether all ranks have."""
+        return all(pid in self.deaths for pid in self.pids)
+
     def signal(self, number: signal.Signals, ranks: Iterable[int] | None = None) -> None:
         """Send a signal to some ranks, or to all that are left."""
         for rank in range(len(self.pids)) if ranks is None else ranks:
@@ -98,7 +108,7 @@ class Job:
         """Wait until a rank has made this file in the job's folder."""
         end = time.monotonic() + seconds
         while not (self.folder / flag).exists():
-            if time.monotonic() > end or all(pid in self.deaths for pid in self.pids):
+            if time.monotonic() > end or self.has_ended:
                 raise AssertionError(f"no rank made {flag!r}:\n{self.wait(0.0)}")
             time.sleep(0.005)
 
@@ -154,7 +164,9 @@ class Launcher:
     """
 
     folder: Path
-    _jobs: int = 0
+    _jobs: list[Job] = field(default_factory=list)
+    _started: int | None = None
+    _count: int = 0
     _deaths: dict[int, tuple[int, float]] = field(default_factory=dict)
     _changed: threading.Condition = field(default_factory=threading.Condition)
 
@@ -184,8 +196,8 @@ class Launcher:
             args: picklable.
             agent: the store is hosted outside of the ranks, as torchrun does; else by rank 0.
         """
-        self._jobs += 1
-        folder = self.folder / f"job{self._jobs}"
+        self._count += 1
+        folder = self.folder / f"job{self._count}"
         folder.mkdir()
         (folder / "arguments").write_bytes(pickle.dumps(args))
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -200,14 +212,24 @@ class Launcher:
         pids = []
         for rank in range(ranks):
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            pids.append(self._fork(f"{program.__module__}:{program.__name__}", folder, common | own))
-        return Job(folder, pids, self._deaths, self._changed, store)
+            pids.append(
+                self._fork(f"{program.__module__}:{program.__name__}", folder, common | own)
+            )
+        self._jobs.append(Job(folder, pids, self._deaths, self._changed, store))
+        return self._jobs[-1]
 
     def run(
         self, program: Program, ranks: int, *args: Any, seconds: float = 60.0, **how: Any
     ) -> Outcome:
         """Start a program and wait for its end."""
         return self.start(program, ranks, *args, **how).wait(seconds)
+
+    def end_jobs(self) -> None:
+        """Kill what is left of the jobs so far."""
+        for job in self._jobs:
+            if not job.has_ended:
+                job.kill()
+        self._jobs.clear()
 
     def close(self) -> None:
         """End the server, which kills what is left of its own."""
@@ -219,7 +241,7 @@ class Launcher:
         assert self._server.stdin is not None
         request = {"program": program, "folder": str(folder), "environment": environment}
         with self._changed:
-            self._started: int | None = None
+            self._started = None
             self._server.stdin.write(json.dumps(request) + "\n")
             self._server.stdin.flush()
             assert self._changed.wait_for(lambda: self._started is not None, 60), "no fork"
@@ -239,7 +261,11 @@ class Launcher:
 
 
 def torchrun(
-    folder: Path, program: Program, ranks: int, *args: Any, options: Sequence[str] = ("--standalone",)
+    folder: Path,
+    program: Program,
+    ranks: int,
+    *args: Any,
+    options: Sequence[str] = ("--standalone",),
 ) -> "subprocess.Popen[str]":
     """Start a program by the real torchrun, which takes seconds; the caller waits for it."""
     (folder / "arguments").write_bytes(pickle.dumps(args))

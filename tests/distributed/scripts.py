@@ -2,7 +2,6 @@
 
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,9 +14,9 @@ from .failing import batches, rank, ranks
 
 __all__ = [
     "call_differently",
+    "close_late",
     "end_in_function",
     "end_without_close",
-    "leave_early",
     "swallow",
     "two_at_once",
     "two_in_turn",
@@ -108,10 +107,9 @@ def swallow() -> None:
             time.sleep(100)
 
 
-def leave_early(seconds: float, timeout: tuple[float, float]) -> None:
-    """The last rank has something to do before it closes; the first is gone by then."""
+def close_late(seconds: float, timeout: tuple[float, float]) -> None:
+    """The last rank has something to do before it closes."""
     with build(timeout=timeout) as pipe:
         pipe.train(batches(5))
         if rank() == ranks() - 1:
             time.sleep(seconds)
-    Path(f"done{rank()}").touch()

@@ -70,7 +70,9 @@ def become_rank(request: dict[str, Any]) -> None:
     rank = os.environ["RANK"]
     nothing = os.open(os.devnull, os.O_RDONLY)
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-    for target, source in enumerate((nothing, os.open(f"out{rank}", flags), os.open(f"err{rank}", flags))):
+    for target, source in enumerate(
+        (nothing, os.open(f"out{rank}", flags), os.open(f"err{rank}", flags))
+    ):
         os.dup2(source, target)
         os.close(source)
 

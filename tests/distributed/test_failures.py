@@ -10,6 +10,8 @@ import pytest
 from .failing import FLAG, NAP, Plan, at_rest, busy_then_dead, misfortune, while_connecting
 from .ranks import Job, Launcher, Outcome
 
+pytestmark = pytest.mark.timeout(120)
+
 STAGES = range(3)
 
 MOMENTS = {
@@ -134,7 +136,7 @@ SLOW = {
     "the loader, at first": Plan("nap", 0, "loader", 0, timeout=(2, 2)),
     "the loader, later": Plan("nap", 0, "loader", 9, timeout=(2, 2)),
     "a layer, at first": Plan("nap", 1, "forward", 0, timeout=(2, 2)),
-    "a layer, later": Plan("nap", 2, "backward", 9, timeout=(2, 2)),
+    "a layer, later": Plan("nap", 0, "backward", 9, timeout=(2, 2)),
     "an evaluation": Plan("nap", 1, "evaluation", timeout=(2, 2)),
     "the script": Plan("nap", 1, "between", timeout=(2, 2)),
     "the log": Plan("nap", 0, "log", timeout=(2, 2)),
@@ -143,10 +145,10 @@ SLOW = {
 
 def test_slow_is_not_dead(launcher: Launcher) -> None:
     """Whoever is in user code for longer than the time-out is waited for."""
-    jobs = {what: launcher.start(misfortune, 3, plan, 1) for what, plan in SLOW.items()}
+    jobs = {what: launcher.start(misfortune, 2, plan, 1) for what, plan in SLOW.items()}
     for what, job in jobs.items():
         outcome = job.wait()
-        assert outcome.codes == [0, 0, 0], f"{what} took {NAP} s:\n{outcome}"
+        assert outcome.codes == [0, 0], f"{what} took {NAP} s:\n{outcome}"
         assert not outcome.reports, what
         assert Path(job.folder / FLAG).exists(), what
 

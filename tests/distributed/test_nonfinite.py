@@ -9,6 +9,8 @@ from ..pipeline.helpers import assert_same
 from .nonfinite import AT, COUNT, Poison, train_poisoned
 from .ranks import Launcher
 
+pytestmark = pytest.mark.timeout(120)
+
 FLUSH = (("schedule", "1f1b"),)
 SKIP = (("on_nonfinite", "skip"),)
 
@@ -58,7 +60,7 @@ def test_found(launcher: Launcher, what: str) -> None:
     staleness = 0 if poison.options == FLUSH else min(2 - stage, micro_batch)
     assert f". Staleness {staleness} updates, effective learning rate" in outcome.report
     rate = re.search(r"η/\(1.m\) = ([\d.]+|nan)\. Try a lower", outcome.report)
-    assert rate and rate[1] == ("nan" if poison.frozen else "0.04")
+    assert rate and rate[1] == ("nan" if poison.frozen else "0.004")
 
 
 SKIPPED = {

@@ -9,6 +9,8 @@ from .ranks import Launcher
 from .refused import REFUSED, refuse
 from .scripts import end_without_close
 
+pytestmark = pytest.mark.timeout(120)
+
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused(launcher: Launcher, name: str) -> None:

@@ -6,6 +6,8 @@ from ..pipeline.helpers import assert_same
 from .ranks import Launcher
 from .training import CASES, SIZES, Account, run_cases
 
+pytestmark = pytest.mark.timeout(120)
+
 Accounts = tuple[dict[str, Account], list[dict[str, Account]]]
 
 

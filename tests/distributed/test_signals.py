@@ -12,6 +12,8 @@ import pytest
 from .failing import FLAG, Plan, at_rest, journal, misfortune, while_connecting, with_workers
 from .ranks import Job, Launcher, Outcome
 
+pytestmark = pytest.mark.timeout(120)
+
 NUMBERS = {"Ctrl-C": signal.SIGINT, "SIGTERM": signal.SIGTERM}
 
 PLACES: dict[str, tuple[Callable[..., Any], Plan]] = {
@@ -44,9 +46,15 @@ def expect_end(job: Job, number: signal.Signals, start: float) -> Outcome:
 
 @pytest.mark.parametrize("number", NUMBERS.values(), ids=NUMBERS)
 def test_to_all_ranks(launcher: Launcher, number: signal.Signals) -> None:
-    for place, (program, plan) in PLACES.items():
+    jobs = {place: launcher.start(program, 3, plan) for place, (program, plan) in PLACES.items()}
+    for job in jobs.values():
+        job.wait_for(FLAG)
+    start = time.time()
+    for job in jobs.values():
+        job.signal(number)
+    for place, job in jobs.items():
         print(place)  # pytest shows it with a failure
-        send(launcher.start(program, 3, plan), number)
+        expect_end(job, number, start)
 
 
 @pytest.mark.parametrize("rank", [0, 2])

@@ -8,12 +8,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from ..pipeline.helpers import assert_same
 from .failing import FLAG, Plan, misfortune, while_connecting
 from .ranks import torchrun
 from .training import CASES, SIZES, run_case, run_one
+
+
+pytestmark = pytest.mark.timeout(120)
 
 
 @contextmanager

@@ -10,6 +10,8 @@ from ..pipeline.helpers import assert_close, assert_same
 from .payloads import PAYLOADS, Seen, choose_slack, plain, train_payloads
 from .ranks import Launcher
 
+pytestmark = pytest.mark.timeout(120)
+
 All = dict[str, tuple[Seen, Seen]]
 
 
