@@ -9,7 +9,9 @@ ranks reach together. Ratios within one run are what counts: machines differ, an
 """
 
 import argparse
+import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
 
@@ -31,11 +33,14 @@ Batch = tuple[Tensor, Tensor]
 def main(argv: list[str] | None = None) -> None:
     """Run the benchmark on all ranks; the first prints the table."""
     options = _parse(argv)
+    if "RANK" not in os.environ:
+        sys.exit("headrace: start it with torchrun --nproc-per-node 2 -m headrace.launch.benchmark")
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     batch = _batch(options)
     batches = [batch] * options.steps
-    parts = [m for m in options.micro_batches if m >= dist.get_world_size()]
+    size = len(batch[0])
+    parts = [m for m in options.micro_batches if dist.get_world_size() <= m <= size]
     with _stream(options) as pipe:
         pipe.prepare(batches)
         assert pipe.partition is not None

@@ -38,7 +38,7 @@ class Data:
 
 
 Schedule = Literal["gpipe", "1f1b", "stream"]
-Balance = Literal["time", "parameters"] | list[int] | list[str]
+Balance = Literal["time", "parameters"] | list[str | int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,7 +270,8 @@ def _in_words(annotation: Any) -> str:
     if origin is Literal:
         return ", or ".join(parts)
     if origin is list:
-        return f"a list of {_in_words(parts[0]).removeprefix('a ').rstrip('s')}s"
+        many = {int: "whole numbers", float: "numbers", str: "names"}
+        return "a list of " + " or ".join(many[kind] for kind in get_args(parts[0]) or parts)
     if origin is tuple:
         return f"a list of {len(parts)} numbers"
     if origin is dict:
@@ -282,6 +283,7 @@ def _in_words(annotation: Any) -> str:
 
 _USAGE = """\
 python -m headrace.launch.train --config FILE [--KEY VALUE ...]
+python -m headrace.launch.plan --config FILE [--KEY VALUE ...]
 
 Keys go into the YAML file; on the command line they are dotted, and win over the file.
 A key marked * names a class or a function: one of ours, or an import path. Its arguments are

@@ -7,10 +7,11 @@ import torch
 from torch import nn
 
 from .loss import name_of
+from .rules import Rule
 from .schedule import SCHEDULES
 from .world import World
 
-__all__ = ["check_choices", "check_counts", "check_timeout", "choose_stages"]
+__all__ = ["check_choices", "check_counts", "check_kinds", "check_timeout", "choose_stages"]
 
 
 def choose_stages(stages: int | None, world: World | None) -> int:
@@ -61,10 +62,30 @@ def check_timeout(timeout: Sequence[float]) -> None:
         )
 
 
+def check_kinds(rule: Any, slack: Any, autocast: Any, device: str | torch.device | None) -> None:
+    """Refuse objects that are not what their names say."""
+    if rule is not None and not isinstance(rule, Rule):
+        raise TypeError(
+            f"rule={rule!r}: give an object, as in rule=Delayed('stash') with "
+            "from headrace.pipeline.rules import Delayed"
+        )
+    if isinstance(slack, str) and slack != "auto":
+        raise ValueError(f"slack={slack!r}: give a whole number, one for each hop, or 'auto'")
+    if not isinstance(slack, str | Sequence) and type(slack) is not int:
+        raise TypeError(f"slack={slack!r}: give a whole number, one for each hop, or 'auto'")
+    if autocast is not None and not isinstance(autocast, torch.dtype):
+        raise TypeError(f"autocast={autocast!r}: give a dtype, as in autocast=torch.bfloat16")
+    try:
+        torch.device("cpu" if device is None else device)
+    except RuntimeError as error:
+        raise ValueError(f"device={device!r}: write 'cpu', 'cuda' or 'cuda:0'") from error
+
+
 def check_counts(micro_batches: int, update_every: int, clip_grad_norm: float | None) -> None:
     """Refuse numbers that are none, or too small."""
     for name, value in (("micro_batches", micro_batches), ("update_every", update_every)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}={value!r}: give a whole number >= 1")
-    if clip_grad_norm is not None and not clip_grad_norm > 0:
+    clip = clip_grad_norm
+    if clip is not None and (not isinstance(clip, int | float) or not clip > 0):
         raise ValueError(f"clip_grad_norm={clip_grad_norm!r}: give a number > 0, or None")

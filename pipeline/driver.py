@@ -48,12 +48,10 @@ class Alone:
         try:
             return next(flow)
         except StopIteration:
-            raise RuntimeError(
-                "this pipeline has ended, by close() or by an earlier error: build a new one"
-            ) from None
+            raise RuntimeError("this pipeline has ended: build a new one") from None
         except Exception as error:
             layer = layer_at_fault(error)
-            where = f"layer {layer}, {engine.doing}" if layer else engine.doing
+            where = f"{layer}, {engine.doing}" if layer else engine.doing
             stage = f"stage {engine.stage.index} of {len(self.engines)}"
             error.add_note(f"headrace: in {stage}, {where}")
             raise

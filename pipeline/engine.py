@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .errors import InputError
 from .finite import explain
+from .gradient import all_finite
 from .message import Kind, Message
 from .microbatch import join
 from .nest import Nest, describe, to_device, total_bytes
@@ -213,8 +214,10 @@ class Engine:
         with self._working():
             returned = stage.backward(flight, gradients)
             stage.release(flight)
-        if not flight.finite and stage.settings.stops_on_nonfinite:
-            self._stop_on(flight, gradients)
+        if stage.settings.stops_on_nonfinite:
+            leaving = [gradient for gradient in returned if gradient is not None]
+            if not (flight.finite and all_finite(leaving)):
+                self._stop_on(flight, gradients)
         loss = flight.loss
         assert loss is not None
         clock = time.perf_counter()

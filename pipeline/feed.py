@@ -4,6 +4,8 @@ import traceback
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from torch import Tensor
+
 from .engine import Call
 from .errors import InputError, first_line
 from .message import Kind, Message
@@ -79,6 +81,11 @@ def read(loader: Iterable[Any], pairs_only: bool) -> Iterator[tuple[Nest, Nest]]
     Raises:
         InputError: the loader raises, gives nothing, or gives what cannot be cut into samples.
     """
+    if isinstance(loader, Tensor | dict):
+        raise InputError(
+            f"the loader is one {type(loader).__name__}, and a pass over it would give its parts: "
+            "give an iterable of mini-batches, a DataLoader, or a list as in [inputs]"
+        )
     number = 0
     iterator = None
     while True:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .loss import call_loss, name_of
+
 __all__ = ["Layers", "holding", "layer_at_fault", "materialise", "named_layers", "places_of"]
 
 
@@ -70,13 +72,15 @@ def holding(module: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
 
 
 def layer_at_fault(error: BaseException) -> str | None:
-    """Name the layer whose forward raised an error: "'3' (Linear)", or None if none did."""
+    """Name what of the user's raised an error: "layer '3' (Linear)", "the loss", or None."""
     found = None
     trace = error.__traceback__
     while trace is not None:
         frame = trace.tb_frame
         if frame.f_code is Layers.forward.__code__ and "layer" in frame.f_locals:
-            found = f"'{frame.f_locals['name']}' ({type(frame.f_locals['layer']).__name__})"
+            found = f"layer '{frame.f_locals['name']}' ({type(frame.f_locals['layer']).__name__})"
+        elif frame.f_code is call_loss.__code__:
+            found = f"the loss {name_of(frame.f_locals['loss_fn'])}"
         trace = trace.tb_next
     return found
 

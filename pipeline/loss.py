@@ -8,7 +8,7 @@ from torch import Tensor
 from .errors import InputError, first_line
 from .nest import Nest, describe
 
-__all__ = ["Loss", "check_loss", "name_of"]
+__all__ = ["Loss", "call_loss", "check_loss", "name_of"]
 
 Loss = Callable[[Any, Any], Tensor]
 """From an output and its target (nests), a mean over dimension 0: a floating 0-d tensor."""
@@ -17,6 +17,11 @@ Loss = Callable[[Any, Any], Tensor]
 def name_of(function: object) -> str:
     """A function's or an object's name, for messages."""
     return getattr(function, "__qualname__", type(function).__name__)
+
+
+def call_loss(loss_fn: Loss, output: Nest, target: Nest) -> Tensor:
+    """Call the loss; an error's traceback finds this frame (`layers.layer_at_fault`)."""
+    return loss_fn(output, target)
 
 
 def check_loss(loss_fn: Loss, output: Nest, target: Nest) -> Tensor:

@@ -12,7 +12,7 @@ from .layers import named_layers
 
 __all__ = ["Balance", "LayerCost", "Partition", "check_model", "count", "cut", "partition"]
 
-Balance = str | Sequence[int] | Sequence[str]
+Balance = str | Sequence[int | str]
 """'time', 'parameters', the number of layers of each stage, or each stage's first layer's name."""
 
 
@@ -155,7 +155,7 @@ def _sizes(stages: int, balance: Balance, layers: Sequence[LayerCost]) -> tuple[
     if balance == "parameters":
         # A layer without parameters still has a little weight, so that none is piled up for free.
         return cut([layer.parameters + 1e-3 for layer in layers], stages)
-    if isinstance(balance, str | int) or len(balance) != stages:
+    if not isinstance(balance, list | tuple) or len(balance) != stages:
         raise ValueError(
             f"balance={balance!r} for {stages} stages: write 'time', 'parameters', the number of "
             f"layers of each of the {stages} stages, or the name of each stage's first layer"

@@ -11,9 +11,10 @@ from typing import Any, Literal, Self, cast
 import torch
 from torch import Tensor, nn
 
-from .arguments import check_choices, check_counts, check_timeout, choose_stages
+from .arguments import check_choices, check_counts, check_kinds, check_timeout, choose_stages
 from .driver import Alone, Apart, Driver
 from .engine import Call, Engine, Metrics
+from .errors import first_line
 from .feed import Source, begin, feed, read
 from .layers import Layers, materialise
 from .loss import Loss
@@ -105,6 +106,7 @@ class Pipeline:
         self._watch = self._start_watch(self._world, timeout) if self._world else None
         self.partition: Partition | None = None
         self._closed = False
+        self._ended_by = ""
         self._links: list[Links] = []
         atexit.register(_end, weakref.ref(self))
         with self._reporting("building the pipeline", refuses=True):
@@ -112,6 +114,7 @@ class Pipeline:
             self.stages = choose_stages(stages, self._world)
             check_model(model, self.stages)
             check_choices(loss_fn, optimizer, schedule, on_nonfinite)
+            check_kinds(rule, slack, autocast, device)
             check_counts(micro_batches, update_every, clip_grad_norm)
             self._model, self._balance, self._micro_batches = model, balance, micro_batches
             self._schedule = SCHEDULES[schedule]
@@ -407,16 +410,19 @@ class Pipeline:
         with self._reporting(lambda: driver.engines[0].doing), _gradients():
             try:
                 result = driver.run(call, messages or begin(call))
-            except BaseException:
+            except BaseException as error:
                 self._closed = self._closed or self._watch is None
+                self._ended_by = f"{type(error).__name__}: {first_line(error)}"
                 raise
             self._source.finish()
             return result
 
     def _require_open(self) -> None:
         if self._closed:
+            cause = self._ended_by or "close()"
             raise RuntimeError(
-                "this pipeline has ended, by close() or by an earlier error: build a new one"
+                f"this pipeline has ended, by {cause}: build a new one (alone, the model has kept "
+                "its weights)"
             )
 
     def _is_unbuilt(self, what: str) -> bool:

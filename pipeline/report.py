@@ -19,11 +19,11 @@ class Report:
     still in flight are in the next report.
 
     Args:
-        loss: the mean over samples; NaN if there were none.
+        loss: the mean over samples, less those whose loss was not finite; NaN if there were none.
         updates: of the first stage.
         seconds: on the first stage's clock.
         staleness: of each stage's latest update known to the first stage.
-        skipped: updates skipped, over all stages, since training began.
+        skipped: updates skipped, over all stages.
     """
 
     loss: float
@@ -137,7 +137,8 @@ class Books:
         self._fed = 0
         self._losses: list[Tensor] = []
         self._samples: list[int] = []
-        self._sums = [0.0, 0, 0]
+        self._sums = [0.0, 0, 0, 0]  # loss, samples with a finite one, samples, micro-batches
+        self._skipped = 0.0
         self._start = self._last = time.perf_counter()
         self._version = 0
         self._rows = self.rows
@@ -174,7 +175,7 @@ class Books:
         if self.log:
             rate_of_samples = samples / seconds
             self.log(
-                Progress(self._fed, int(self._sums[1]), loss, rate_of_samples, staleness, shares,
+                Progress(self._fed, int(self._sums[2]), loss, rate_of_samples, staleness, shares,
                          version, rate)
             )  # fmt: skip
 
@@ -184,26 +185,27 @@ class Books:
         if not samples:
             return math.nan, 0
         values = torch.stack([loss.double() for loss in self._losses]).tolist()
-        total = math.fsum(v * s for v, s in zip(values, self._samples, strict=True))
-        self._sums[0] += total
-        self._sums[1] += samples
-        self._sums[2] += len(values)
+        pairs = [(v, s) for v, s in zip(values, self._samples, strict=True) if math.isfinite(v)]
+        total, counted = math.fsum(v * s for v, s in pairs), sum(s for _, s in pairs)
+        for k, value in enumerate((total, counted, samples, len(values))):
+            self._sums[k] += value
         self._losses, self._samples = [], []
-        return total / samples, samples
+        return total / counted if counted else math.nan, samples
 
     def close(self, version: int) -> Report:
         """The call of `train` ends: report what came back since the last report."""
         self._read()
         self.log = None
-        loss, samples, micro_batches = self._sums
-        self._sums = [0.0, 0, 0]
+        loss, counted, samples, micro_batches = self._sums
+        self._sums = [0.0, 0, 0, 0]
+        before, self._skipped = self._skipped, sum(row.skipped for row in self.rows)
         updates, self._version = version - self._version, version
         return Report(
-            loss=loss / samples if samples else math.nan,
+            loss=loss / counted if counted else math.nan,
             samples=int(samples),
             micro_batches=int(micro_batches),
             updates=updates,
             seconds=time.perf_counter() - self._start,
-            skipped=int(sum(row.skipped for row in self.rows)),
+            skipped=int(self._skipped - before),
             staleness=tuple(row.staleness for row in self.rows),
         )

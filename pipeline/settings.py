@@ -10,9 +10,18 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from .errors import InputError, first_line
 from .loss import Loss
 
-__all__ = ["OptimizerFactory", "SchedulerFactory", "Settings", "autocasting", "make_optimizers"]
+__all__ = [
+    "OptimizerFactory",
+    "SchedulerFactory",
+    "Settings",
+    "autocasting",
+    "compile_layers",
+    "make_optimizers",
+    "make_schedulers",
+]
 
 OptimizerFactory = Callable[[list[tuple[str, nn.Parameter]]], Optimizer | Sequence[Optimizer]]
 """From a stage's (name, Parameter) pairs, its optimizer, or several."""
@@ -51,11 +60,19 @@ def make_optimizers(
     """Call the user's factory, unless there is nothing to train.
 
     Raises:
+        InputError: it raised.
         TypeError: it gave something else than optimizers.
+        ValueError: an optimizer moves what it was not given.
     """
     if not parameters:
         return []
-    made = factory(parameters)
+    try:
+        made = factory(parameters)
+    except Exception as error:
+        raise InputError(
+            f"optimizer= raised {type(error).__name__}: {first_line(error)}, for the parameters "
+            f"{parameters[0][0]!r} and {len(parameters) - 1} others"
+        ) from error
     optimizers = list(made) if isinstance(made, Sequence) else [made]
     for optimizer in optimizers:
         if not isinstance(optimizer, Optimizer):
@@ -64,4 +81,43 @@ def make_optimizers(
                 "a list of (name, Parameter) pairs and gives a torch.optim.Optimizer, or a list "
                 "of them, as in optimizer=lambda params: torch.optim.SGD(params, lr=0.1)"
             )
+        given = {id(parameter) for _, parameter in parameters}
+        if any(id(p) not in given for group in optimizer.param_groups for p in group["params"]):
+            raise ValueError(
+                "optimizer= gave an optimizer of other parameters than it was called with: make "
+                "it of its argument, as in optimizer=lambda params: torch.optim.SGD(params, lr=0.1)"
+            )
     return optimizers
+
+
+def make_schedulers(
+    factory: SchedulerFactory | None, optimizers: list[Optimizer]
+) -> list[LRScheduler]:
+    """Call the user's factory for each optimizer, if there is one.
+
+    Raises:
+        InputError: it raised.
+    """
+    try:
+        return [factory(optimizer) for optimizer in optimizers] if factory else []
+    except Exception as error:
+        raise InputError(
+            f"scheduler= raised {type(error).__name__}: {first_line(error)}"
+        ) from error
+
+
+def compile_layers(call: Callable[..., Any], keywords: dict[str, Any] | None) -> Callable[..., Any]:
+    """What runs a stage's layers, through torch.compile if it was asked for.
+
+    Raises:
+        InputError: torch.compile does not take the keywords.
+    """
+    if keywords is None:
+        return call
+    try:
+        compiled: Callable[..., Any] = torch.compile(call, **keywords)
+    except Exception as error:
+        raise InputError(
+            f"compile={keywords}: {type(error).__name__}: {first_line(error)}"
+        ) from error
+    return compiled

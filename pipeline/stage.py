@@ -15,11 +15,11 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from .gradient import Gradient, all_finite
 from .layers import Layers, holding, places_of
-from .loss import check_loss
+from .loss import call_loss, check_loss
 from .nest import Nest, is_differentiable, leaves, map_tensors
 from .random_state import RandomState
 from .rules import Rule
-from .settings import Settings, autocasting, make_optimizers
+from .settings import Settings, autocasting, compile_layers, make_optimizers, make_schedulers
 from .versions import Version
 
 __all__ = ["Flight", "Stage"]
@@ -76,17 +76,14 @@ class Stage:
         self.places = places_of(layers)
         self.owned = {name: nn.Parameter(p.data) for name, p in self.trainable.items()}
         self.optimizers = make_optimizers(settings.optimizer, list(self.owned.items()))
-        make_scheduler = settings.scheduler
-        self.schedulers = [make_scheduler(o) for o in self.optimizers] if make_scheduler else []
+        self.schedulers = make_schedulers(settings.scheduler, self.optimizers)
         self.flights: dict[int, Flight] = {}
         self.gradient = Gradient()
         self.version = self.skipped = 0
         self.staleness: Counter[int] = Counter()
         self.latest_staleness = 0.0
         self._pristine_rule, self._random = rule, random
-        self._call = self._plain_call
-        if settings.compile is not None:
-            self._call = torch.compile(self._plain_call, **settings.compile)
+        self._call = compile_layers(self._plain_call, settings.compile)
         self._copies_input: bool | None = None
         self._loss_is_checked = False
         self._memory = {_memory(t) for t in (*layers.parameters(), *layers.buffers())}
@@ -212,7 +209,7 @@ class Stage:
         """The loss of an output, as a 0-d tensor; the first one is looked at (`check_loss`)."""
         with self.autocasting():
             if self._loss_is_checked:
-                return self.settings.loss_fn(output, target)
+                return call_loss(self.settings.loss_fn, output, target)
             self._loss_is_checked = True
             return check_loss(self.settings.loss_fn, output, target)
 

@@ -138,10 +138,11 @@ class Watch:
             self.fail(str(error), code=2)
             return
         layer = layer_at_fault(error)
-        where = ", ".join(filter(None, [layer and f"layer {layer}", doing]))
+        where = ", ".join(filter(None, [layer, doing]))
+        if isinstance(error, FloatingPointError) and layer is None:
+            self.fail(str(error), code=1)  # our own: it says where, and a traceback says no more
+            return
         text = f"{name} failed: {type(error).__name__} in {where}: {first_line(error)}"
-        if isinstance(error, FloatingPointError):
-            text = f"{name} failed: {error}"
         self.fail(text, code=1, details="".join(traceback.format_exception(error)))
 
     def refuse(self, error: Exception) -> None:

@@ -11,10 +11,23 @@ from torch.optim import Optimizer
 
 from headrace.pipeline import Pipeline, StageStatistics
 
-__all__ = ["AT", "COUNT", "Poison", "Result", "build", "data", "loss_fn", "train_poisoned"]
+__all__ = [
+    "AT",
+    "COUNT",
+    "EPOCHS",
+    "FLUSH",
+    "FOUND",
+    "SKIPPED",
+    "Poison",
+    "Result",
+    "train_plainly",
+    "train_poisoned",
+]
 
 COUNT = 12
 """Mini-batches of six samples."""
+
+EPOCHS = 3
 
 AT = 5
 """The one that is large: what is fragile breaks on it."""
@@ -46,7 +59,6 @@ class Result:
     """What came of it, where it was skipped."""
 
     losses: list[float]
-    skipped: int
     statistics: list[StageStatistics]
     weights: dict[str, Tensor]
 
@@ -126,7 +138,7 @@ def data(poison: Poison) -> list[tuple[Tensor, Tensor]]:
 
 
 def train_poisoned(poison: Poison, alone: bool = False) -> Result:
-    """Train three times through the data."""
+    """Train through the data, three times."""
     options: dict[str, Any] = {"balance": [3, 3, 3], **dict(poison.options)}
     with Pipeline(
         build(poison),
@@ -135,7 +147,68 @@ def train_poisoned(poison: Poison, alone: bool = False) -> Result:
         stages=3 if alone else None,
         **options,
     ) as pipe:
-        reports = [pipe.train(data(poison)) for _ in range(3)]
-        statistics = pipe.statistics()
-        losses = [report.loss for report in reports]
-        return Result(losses, pipe.train(data(poison)).skipped, statistics, pipe.state_dict())
+        losses = [pipe.train(data(poison)).loss for _ in range(EPOCHS)]
+        return Result(losses, pipe.statistics(), pipe.state_dict())
+
+
+def train_plainly(poison: Poison) -> dict[str, Tensor]:
+    """The same on one device, without the mini-batch that is skipped."""
+    model = build(poison)
+    optimizer = sgd(list(model.named_parameters()))
+    for _ in range(EPOCHS):
+        for k, (x, y) in enumerate(data(poison)):
+            if k != AT:
+                optimizer.zero_grad()
+                torch.autograd.backward(mse_loss(model(x), y))
+                optimizer.step()
+    return model.state_dict()
+
+
+FLUSH = (("schedule", "1f1b"),)
+SKIP = (("on_nonfinite", "skip"),)
+
+FOUND = {
+    # The poison, the stage that is to be named, the micro-batch, and what is said.
+    "a weight of the first stage": (Poison("weight", 0), 0, 0, "output of layer '0' (Linear)"),
+    "a weight of the second": (Poison("weight", 3), 1, 0, "output of layer '3' (Linear)"),
+    "a weight of the last": (Poison("weight", 6), 2, 0, "output of layer '6' (Linear)"),
+    "an input": (Poison("input"), 0, AT, "its input is not finite: look at the data"),
+    "an infinite input": (Poison("input", value=math.inf), 0, AT, "its input is not finite"),
+    "a target": (Poison("target"), 2, AT, "the loss is not finite, the model's output is"),
+    "a loss": (Poison("loss"), 2, AT, "the loss is not finite, the model's output is"),
+    "an output of the first stage": (Poison("output", 1), 0, AT, "output of layer '1' (Fragile)"),
+    "an output of the second": (
+        Poison("output", 4, math.inf), 1, AT, "output of layer '4' (Fragile)"
+    ),
+    "a gradient of the first stage": (
+        Poison("gradient", 1), 0, AT, "gradient in layer '1' (Fragile)"
+    ),
+    "a gradient of the last": (
+        Poison("gradient", 7, -math.inf), 2, AT, "gradient in layer '7' (Fragile)"
+    ),
+    "an input of a stage that does not learn": (
+        Poison("input", frozen=3), 0, AT, "its input is not finite"
+    ),
+    "an output of a stage that does not learn": (
+        Poison("output", 1, frozen=6), 0, AT, "output of layer '1' (Fragile)"
+    ),
+    "an output, under a flush": (
+        Poison("output", 4, options=FLUSH), 1, AT, "output of layer '4' (Fragile)"
+    ),
+    "a gradient that leaves its stage": (
+        Poison("gradient", 4, options=(("balance", [4, 3, 2]),)),
+        1, AT, "gradient in layer '4' (Fragile)",
+    ),
+}  # fmt: skip
+
+
+SKIPPED = {
+    # The poison, and how many updates each stage skips in three epochs.
+    "an output": (Poison("output", 4, options=SKIP), [3, 3, 3]),
+    "a gradient": (Poison("gradient", 4, options=SKIP), [3, 3, 0]),
+    "a target": (Poison("target", options=SKIP), [3, 3, 3]),
+    "a gradient, under a flush": (Poison("gradient", 4, options=(*SKIP, *FLUSH)), [3, 3, 3]),
+    "a gradient, of three": (
+        Poison("gradient", 4, options=(*SKIP, ("update_every", 3))), [3, 3, 0]
+    ),
+}  # fmt: skip

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, mse_loss
 
 from headrace.pipeline import Pipeline
 from headrace.pipeline.nest import Nest, describe
@@ -59,7 +59,7 @@ class Payload:
     sizes: tuple[int, int, int]
     seen: dict[str, set[str]]
     batches: Callable[[], list[tuple[Nest, Nest]]] = lambda: vectors()
-    loss: Callable[[Any, Any], Tensor] = nn.MSELoss()
+    loss: Callable[[Any, Any], Tensor] = mse_loss
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -95,7 +95,8 @@ def labelled() -> list[tuple[Nest, Nest]]:
 
 def weighted(output: Tensor, target: Any) -> Tensor:
     losses = cross_entropy(output, target["label"], reduction="none")
-    return (losses * target["weight"][0].float()).mean()
+    loss: Tensor = (losses * target["weight"][0].float()).mean()
+    return loss
 
 
 class Join(nn.Module):
@@ -108,7 +109,8 @@ class Join(nn.Module):
     def forward(self, x: Any) -> Tensor:
         dense, mask = x["more"]
         embedded: Tensor = self.embedding(x["ids"])
-        return embedded.mean(1) + dense * mask[:, None]
+        joined: Tensor = embedded.mean(1) + dense * mask[:, None]
+        return joined
 
 
 def every_dtype(h: Tensor) -> dict[str, Tensor]:
@@ -228,7 +230,7 @@ PAYLOADS = {
         },
         sentences,
         nn.CrossEntropyLoss(),
-    ),  # fmt: skip
+    ),
     "a first stage without parameters": Payload(
         lambda: [Apply(torch.tanh), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2)],
         (1, 2, 1),
@@ -266,7 +268,7 @@ PAYLOADS = {
         ],
         (1, 3, 3),
         {"5": {FLOATS}},
-    ),  # fmt: skip
+    ),
 }
 
 
@@ -305,7 +307,7 @@ def plain(payload: Payload) -> dict[str, Tensor]:
     optimizer = momentum([(n, p) for n, p in model.named_parameters() if p.requires_grad])
     for x, y in batches * 2:
         optimizer.zero_grad()
-        payload.loss(model(x), y).backward()
+        torch.autograd.backward(payload.loss(model(x), y))
         optimizer.step()
     return model.state_dict()
 

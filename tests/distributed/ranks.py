@@ -9,18 +9,21 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 __all__ = ["Job", "Launcher", "Outcome", "free_port", "torchrun"]
 
 Program = Callable[..., Any]
 """Runs on every rank, in the job's folder; a function of a module, named to the ranks."""
+
+AT_ONCE = 5
 
 ROOT = Path(__file__).parents[2]
 
@@ -90,7 +93,7 @@ class Job:
     pids: list[int]
     deaths: dict[int, tuple[int, float]]
     changed: threading.Condition
-    store: dist.Store | None = None
+    store: TCPStore | None = None
     """Hosted here, as torchrun's agent does, for as long as the job lasts."""
 
     @property
@@ -118,14 +121,18 @@ class Job:
         Args:
             ranks: which to wait for; None for all. The others are killed without ado.
         """
+        outcome, in_time = self.end(seconds, ranks)
+        assert in_time, f"not all ranks ended within {seconds} s:\n{outcome}"
+        return outcome
+
+    def end(self, seconds: float, ranks: Iterable[int] | None = None) -> tuple[Outcome, bool]:
+        """Do as `wait` does, but tell whether the ranks ended in time."""
         awaited = [self.pids[r] for r in (range(len(self.pids)) if ranks is None else ranks)]
         with self.changed:
             ok = self.changed.wait_for(lambda: all(p in self.deaths for p in awaited), seconds)
         self.kill()
-        outcome = self._outcome()
         self.store = None
-        assert ok, f"not all ranks ended within {seconds} s:\n{outcome}"
-        return outcome
+        return self._outcome(), ok
 
     def wait_for_end(self, ranks: Iterable[int], seconds: float = 30.0) -> None:
         """Wait until these ranks have ended, and leave the others alone."""
@@ -200,7 +207,7 @@ class Launcher:
         folder = self.folder / f"job{self._count}"
         folder.mkdir()
         (folder / "arguments").write_bytes(pickle.dumps(args))
-        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         common = {
             "WORLD_SIZE": str(ranks),
             "LOCAL_WORLD_SIZE": str(ranks),
@@ -224,6 +231,19 @@ class Launcher:
         """Start a program and wait for its end."""
         return self.start(program, ranks, *args, **how).wait(seconds)
 
+    def run_many(
+        self, program: Program, ranks: int, arguments: Mapping[str, Any], seconds: float = 60.0
+    ) -> dict[str, Outcome]:
+        """Run a program once for each argument, a few jobs at a time, for they wait a lot.
+
+        Ranks that take longer are killed; their exit codes tell.
+        """
+        outcomes = {}
+        for names in batched(arguments, AT_ONCE):
+            jobs = {name: self.start(program, ranks, arguments[name]) for name in names}
+            outcomes.update({name: job.end(seconds)[0] for name, job in jobs.items()})
+        return outcomes
+
     def end_jobs(self) -> None:
         """Kill what is left of the jobs so far."""
         for job in self._jobs:
@@ -244,7 +264,8 @@ class Launcher:
             self._started = None
             self._server.stdin.write(json.dumps(request) + "\n")
             self._server.stdin.flush()
-            assert self._changed.wait_for(lambda: self._started is not None, 60), "no fork"
+            self._changed.wait_for(lambda: self._started is not None, 60)
+            assert self._started is not None, "the server does not fork"
             return self._started
 
     def _listen(self) -> None:
@@ -281,6 +302,12 @@ def torchrun(
         cwd=folder,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)} | _surroundings(),
     )
+
+
+def batched(names: Iterable[str], size: int) -> Iterator[list[str]]:
+    left = iter(names)
+    while batch := list(islice(left, size)):
+        yield batch
 
 
 def free_port() -> int:

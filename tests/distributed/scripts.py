@@ -80,7 +80,8 @@ def two_at_once() -> list[dict[str, Tensor]]:
     for _ in range(3):
         targets = teacher.predict([x for x, _ in batches(5)])
         assert isinstance(targets, Tensor)
-        student.train([(x, t) for (x, _), t in zip(batches(5), targets.split(6), strict=True)])
+        pieces = torch.split(targets, 6)
+        student.train([(x, t) for (x, _), t in zip(batches(5), pieces, strict=True)])
     teacher.close()
     student.train(batches(5))
     found = [student.state_dict()]

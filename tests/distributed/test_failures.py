@@ -35,10 +35,20 @@ def expect_end(outcome: Outcome, stage: int, code: int, says: str, seconds: floa
     assert outcome.seconds_from_first_to_last() < seconds, f"{outcome}"
 
 
+@pytest.fixture(scope="module")
+def killed(launcher: Launcher) -> dict[str, Outcome]:
+    cases = {
+        f"{stage} {moment}": Plan("kill", stage, *MOMENTS[moment])
+        for stage in STAGES
+        for moment in MOMENTS
+    }
+    return launcher.run_many(misfortune, 3, cases)
+
+
 @pytest.mark.parametrize("moment", MOMENTS)
 @pytest.mark.parametrize("stage", STAGES)
-def test_killed(launcher: Launcher, stage: int, moment: str) -> None:
-    outcome = launcher.run(misfortune, 3, Plan("kill", stage, *MOMENTS[moment]))
+def test_killed(killed: dict[str, Outcome], stage: int, moment: str) -> None:
+    outcome = killed[f"{stage} {moment}"]
     expect_end(outcome, stage, -signal.SIGKILL, "is gone")
     assert outcome.tracebacks == 0
 
@@ -71,16 +81,29 @@ def test_exit_in_the_middle_of_a_call(launcher: Launcher, moment: str) -> None:
     assert outcome.tracebacks == 0
 
 
-@pytest.mark.parametrize("moment", ["forward", "backward", "evaluation", "between"])
+RAISES = {
+    "forward": r"layer '{layer}' \(Trap\), forward of micro-batch 50",
+    "backward": "backward of micro-batch 50",
+    "evaluation": r"layer '{layer}' \(Trap\), forward of micro-batch 0 without",
+    "between": "the script, outside of the pipeline",
+}
+
+
+@pytest.fixture(scope="module")
+def raised(launcher: Launcher) -> dict[str, Outcome]:
+    cases = {
+        f"{stage} {moment}": Plan("raise", stage, moment, 50)
+        for stage in STAGES
+        for moment in RAISES
+    }
+    return launcher.run_many(misfortune, 3, cases)
+
+
+@pytest.mark.parametrize("moment", RAISES)
 @pytest.mark.parametrize("stage", STAGES)
-def test_raises(launcher: Launcher, stage: int, moment: str) -> None:
-    where = {
-        "forward": rf"layer '{3 * stage + 1}' \(Trap\), forward of micro-batch 50",
-        "backward": "backward of micro-batch 50",
-        "evaluation": rf"layer '{3 * stage + 1}' \(Trap\), forward of micro-batch 0 without",
-        "between": "the script, outside of the pipeline",
-    }[moment]
-    outcome = launcher.run(misfortune, 3, Plan("raise", stage, moment, 50))
+def test_raises(raised: dict[str, Outcome], stage: int, moment: str) -> None:
+    outcome = raised[f"{stage} {moment}"]
+    where = RAISES[moment].format(layer=3 * stage + 1)
     expect_end(outcome, stage, 1, f"failed: ArithmeticError in {where}.*: a fuse blew$")
     assert outcome.tracebacks == 1
     assert "ArithmeticError: a fuse blew" in outcome.err[stage], "it is said where it happened"

@@ -16,7 +16,6 @@ from .failing import FLAG, Plan, misfortune, while_connecting
 from .ranks import torchrun
 from .training import CASES, SIZES, run_case, run_one
 
-
 pytestmark = pytest.mark.timeout(120)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, TensorDataset
 
-from headrace.pipeline import Pipeline
+from headrace.pipeline import Pipeline, Progress
 from headrace.pipeline.rules import Delayed
 
 from ..pipeline.helpers import adamw, halve_slowly, momentum
@@ -93,7 +93,8 @@ def network() -> nn.Sequential:
 
 def distance(output: Tensor, target: Tensor) -> Tensor:
     """A metric: the mean distance over the samples."""
-    return (output - target).norm(dim=1).mean()
+    result: Tensor = (output - target).norm(dim=1).mean()
+    return result
 
 
 def run_case(case: Case, stages: int | None, sizes: list[int]) -> Account:
@@ -104,7 +105,8 @@ def run_case(case: Case, stages: int | None, sizes: list[int]) -> Account:
     shuffle = torch.Generator().manual_seed(5)
     loader = DataLoader(data, batch_size=9, shuffle=True, generator=shuffle)
     test = DataLoader(data, batch_size=16)
-    reports, progress, evaluations = [], [], []
+    reports, evaluations = [], []
+    progress: list[Progress] = []
     with Pipeline(
         model, nn.MSELoss(), case.optimizer, balance=sizes, stages=stages, **case.options()
     ) as pipe:

@@ -52,7 +52,7 @@ def test_the_layer_that_failed_is_named() -> None:
     part = Layers([("4", nn.ReLU()), ("5", nn.Sequential(nn.Linear(3, 1)))])
     with pytest.raises(RuntimeError) as caught:
         part(torch.ones(2, 2))
-    assert layer_at_fault(caught.value) == "'5' (Sequential)"
+    assert layer_at_fault(caught.value) == "layer '5' (Sequential)"
     assert layer_at_fault(ValueError("elsewhere")) is None
 
 
