@@ -106,9 +106,7 @@ def _kinds(layers: Sequence[LayerCost]) -> str:
 
 def layers_table(partition: Partition) -> Table:
     """A row a layer: what it is and what it costs, a gap after each stage."""
-    table = _table(
-        "stage", "layer", "parameters", "output", "forward", "backward", "update", "share"
-    )
+    table = _table("stage", "layer", "parameters", "output", "fwd", "bwd", "update", "share")
     work = sum(partition.costs)
     for j, layers in enumerate(partition.stages):
         for layer in layers:
@@ -128,8 +126,7 @@ def layers_table(partition: Partition) -> Table:
 def partition_table(partition: Partition, staleness: Sequence[float]) -> Table:
     """A row a stage: what it holds, what it costs, and how late its gradients will be."""
     table = _table(
-        "stage", "layers", "parameters", "output", "forward", "backward", "update", "share",
-        "staleness",
+        "stage", "layers", "parameters", "output", "fwd", "bwd", "update", "share", "stale",
     )  # fmt: skip
     work = sum(partition.costs)
     for j, layers in enumerate(partition.stages):
@@ -154,9 +151,9 @@ def prospect(partition: Partition) -> str:
     stages, work = len(partition.sizes), sum(partition.costs)
     if math.isnan(work):
         return ""
-    text = "times in ms for one micro-batch"
+    text = "forward, backward and update in ms for one micro-batch"
     if stages > 1:
-        text += f"; predicted speed-up over one device: {partition.speed_up:.2f}x"
+        text += f";\npredicted speed-up over one device: {partition.speed_up:.2f}x"
     largest = max(partition.layers, key=lambda layer: layer.total)
     if largest.total * stages > work and stages > 1:
         text += (
