@@ -40,7 +40,8 @@ def main(argv: list[str] | None = None) -> None:
     batch = _batch(options)
     batches = [batch] * options.steps
     size = len(batch[0])
-    parts = [m for m in options.micro_batches if dist.get_world_size() <= m <= size]
+    largest = max(options.micro_batches) if options.emulated else size
+    parts = [m for m in options.micro_batches if dist.get_world_size() <= m <= largest]
     with _stream(options) as pipe:
         pipe.prepare(batches)
         assert pipe.partition is not None
@@ -150,8 +151,10 @@ class _TorchPipelining:
         self._schedule = Schedule1F1B(stage, parts, loss_fn=cross_entropy)
         self._optimizer = _optimizer(module.parameters())
         self._first, self._last = rank == 0, rank == world - 1
-        self._batch = batch
-        self._steps = max(3, options.steps // 4) if options.emulated else options.steps
+        # An emulated layer takes as long for a part as for the whole: give it whole ones.
+        copies = parts if options.emulated else 1
+        self._batch = (batch[0].repeat(copies, 1), batch[1].repeat(copies))
+        self._steps = max(3, options.steps // parts) if options.emulated else options.steps
         self._step()
 
     def _step(self) -> None:

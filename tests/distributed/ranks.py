@@ -178,6 +178,7 @@ class Launcher:
     _changed: threading.Condition = field(default_factory=threading.Condition)
 
     def __post_init__(self) -> None:
+        os.environ.update(_surroundings())  # the stores are hosted here
         paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
         self._server = subprocess.Popen(
             [sys.executable, "-m", "tests.distributed.server"],
@@ -318,5 +319,7 @@ def free_port() -> int:
 
 
 def _surroundings() -> dict[str, str]:
-    loopback = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
-    return {"OMP_NUM_THREADS": "1", **loopback}
+    # torch's store looks up the name of every address it connects to; glibc gives a name server
+    # that does not answer five seconds each time, unless told otherwise.
+    linux = {"GLOO_SOCKET_IFNAME": "lo", "RES_OPTIONS": "timeout:1 attempts:1"}
+    return {"OMP_NUM_THREADS": "1", **(linux if sys.platform == "linux" else {})}

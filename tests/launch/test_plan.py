@@ -63,7 +63,8 @@ def layers(*seconds: float) -> tuple[LayerCost, ...]:
 
 def test_one_layer_that_bounds_every_cut_is_named() -> None:
     assert prospect(Partition(layers(1.0, 1.0, 6.0, 2.0), (2, 1, 1))) == (
-        "forward, backward and update in ms for one micro-batch;\npredicted speed-up over one device: 1.67x\n"
+        "forward, backward and update in ms for one micro-batch;\n"
+        "predicted speed-up over one device: 1.67x\n"
         "layer 2 alone is 60% of the work: no cut by layers can exceed 1.67x"
     )
     assert "alone" not in prospect(Partition(layers(1.0, 1.0, 1.0), (1, 1, 1)))
