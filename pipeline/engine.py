@@ -345,6 +345,8 @@ class Engine:
     def _close(self) -> Steps:
         if self.stage.gradient.versions:
             yield from self._update()
+        # Nobody leaves before the last stage has come to its end: a failure there is everybody's.
+        yield from self._fold(torch.zeros(()), torch.add)
 
     def _tune(self) -> Steps:
         """Measure every stage and every hop, and choose the slack; all stages choose alike."""

@@ -2,6 +2,7 @@
 
 import atexit
 import itertools
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from .arguments import check_choices, check_counts, check_kinds, check_timeout, choose_stages
 from .driver import Alone, Apart, Driver
 from .engine import Call, Engine, Metrics
-from .errors import first_line
+from .errors import InputError, first_line
 from .feed import Source, begin, feed, read
 from .layers import Layers, materialise
 from .loss import Loss
@@ -102,7 +103,11 @@ class Pipeline:
     ) -> None:
         check_timeout(timeout)
         self._driver: Driver | None = None
-        self._world = meet()
+        try:
+            self._world = meet()
+        except InputError as error:
+            print(f"headrace: {error}", file=sys.stderr, flush=True)
+            raise SystemExit(2) from error
         self._watch = self._start_watch(self._world, timeout) if self._world else None
         self.partition: Partition | None = None
         self._closed = False
@@ -449,6 +454,10 @@ class Pipeline:
                     self._watch.refuse(error)
                 else:
                     self._watch.fail_by(error, doing if isinstance(doing, str) else doing())
+            raise
+        except (SystemExit, KeyboardInterrupt) as error:
+            if self._watch is not None:  # the others wait for what this rank will not do
+                self._watch.end_by(error, doing if isinstance(doing, str) else doing())
             raise
 
 

@@ -15,7 +15,9 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -29,6 +31,9 @@ __all__ = ["Failure", "Pulse", "Watch", "is_reported", "title"]
 
 GRACE = 3.0
 """Seconds between a failure and the end of a rank whose main thread does not see it."""
+
+CLOSED = -1
+"""In a rank's last beat: it has closed its pipeline, and may be silent."""
 
 EVIDENCE = 1.0
 """Seconds a SIGTERM waits for news of a failure: torchrun sends it to the survivors of a crash."""
@@ -91,12 +96,15 @@ class Watch:
         self._lock = threading.RLock()
         self._closed = threading.Event()
         self._failed_at = 0.0
-        self._handlers = {}
+        self._stopping = False
+        self._process, self._sees = os.getpid(), _processes()
+        self._handlers: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._handlers[number] = signal.signal(number, self._on_signal)
         self._excepthook = sys.excepthook
         sys.excepthook = self._on_uncaught
+        self._tell(0)  # before anything can block: who is gone by then can be missed
         self._thread = threading.Thread(target=self._beat, name="headrace-watch", daemon=True)
         self._thread.start()
         atexit.register(self.end_process_if_failed)
@@ -145,6 +153,10 @@ class Watch:
         text = f"{name} failed: {type(error).__name__} in {where}: {first_line(error)}"
         self.fail(text, code=1, details="".join(traceback.format_exception(error)))
 
+    def end_by(self, error: BaseException, doing: str) -> None:
+        """Report that the user's code ended this rank in the middle of a call."""
+        self.fail(f"{self._names[self._rank]} ended in {doing}, by {error!r}", code=1)
+
     def refuse(self, error: Exception) -> None:
         """Report an argument that cannot work: one line, and exit code 2."""
         error.headrace_reported = True  # type: ignore[attr-defined]
@@ -154,6 +166,8 @@ class Watch:
         """Stop watching, and give back the signal handlers."""
         self._closed.set()
         self._thread.join(timeout=10)
+        with suppress(dist.DistError):
+            self._store.set(f"beat/{self._rank}", json.dumps([CLOSED, 0, True, "", "", 0, ""]))
         atexit.unregister(self.end_process_if_failed)
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
@@ -189,6 +203,10 @@ class Watch:
         if not isinstance(error, RuntimeError):
             self.fail_by(error, f"the link to {self._names[rank]}")
         elif not self._closed.is_set():
+            try:
+                self._store.check(["failure"])
+            except dist.DistError as error:
+                self._mourn(error)
             self.fail(f"{self._names[rank]} is gone: its connection was closed", code=1)
 
     def _note(self, failure: Failure) -> None:
@@ -218,26 +236,49 @@ class Watch:
         keys = [f"beat/{rank}" for rank in range(len(self._names))]
         count = 0
         while not self._closed.is_set():
-            pulse = self._pulse()
             count += 1
-            mine = [count, pulse.progress, pulse.waiting, pulse.doing, socket.gethostname(),
-                    os.getpid()]  # fmt: skip
             try:
-                self._store.set(keys[self._rank], json.dumps(mine))
+                pulse = self._tell(count)
                 if self._store.check(["failure"]):
                     self._heed()
                 elif self._store.check(keys):
                     beats = [json.loads(bytes(b)) for b in self._store.multi_get(keys)]
                     limit = self._timeout[pulse.trained]
-                    trouble = seen.trouble(beats, limit, self._names)
+                    trouble = seen.trouble(beats, limit, self._names) or self._find_dead(beats)
                     if trouble:
                         self.fail(trouble, code=1)
             except dist.DistError as error:
-                if not self._closed.is_set():
-                    self._note(Failure(f"the store is gone: {first_line(error)}", 1))
+                self._mourn(error)
             if self.failure and time.monotonic() - self._failed_at > GRACE:
                 _end(self.failure.code)
             self._closed.wait(self._interval)
+
+    def _tell(self, count: int) -> Pulse:
+        pulse = self._pulse()
+        where = [socket.gethostname(), self._process, self._sees]
+        beat = [count, pulse.progress, pulse.waiting, pulse.doing, *where]
+        self._store.set(f"beat/{self._rank}", json.dumps(beat))
+        return pulse
+
+    def _find_dead(self, beats: list[list[Any]]) -> str | None:
+        """A process of this machine that has ended: no link tells, while its inbox is full."""
+        for rank, (count, *_, process, sees) in enumerate(beats):
+            if count != CLOSED and sees and sees == self._sees and not _runs(process):
+                last = json.loads(bytes(self._store.get(f"beat/{rank}")))
+                if last[0] != CLOSED:
+                    return f"{self._names[rank]} is gone: its process ({process}) has ended"
+        return None
+
+    def _mourn(self, error: Exception) -> None:
+        """The store is gone: nothing can be told or heard any more, so every rank says it."""
+        with self._lock:
+            if self.failure is None and not self._closed.is_set():
+                message = (
+                    f"the job's store is gone: torchrun has ended, or its machine is out of reach "
+                    f"({first_line(error)})"
+                )
+                print(f"headrace: {message}", file=sys.stderr, flush=True)
+                self._note(Failure(message, 1))
 
     def _heed(self) -> None:
         """Another rank, or this one, has failed."""
@@ -250,12 +291,29 @@ class Watch:
     # The ways a process ends -------------------------------------------------------------------
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:
+            self._hand_on(number, frame)
+            return
+        if self._stopping or self.failure is not None:
+            return  # the end is near; a second SystemExit would meet Python's own shutdown
+        self._stopping = True
         end = time.monotonic() + EVIDENCE
-        while self.failure is None and time.monotonic() < end and number == signal.SIGTERM:
-            time.sleep(0.02)
+        # A DataLoader complains, in here, of workers that the same signal has ended.
+        with suppress(Exception):
+            while self.failure is None and time.monotonic() < end and number == signal.SIGTERM:
+                time.sleep(0.02)
         name = signal.Signals(number).name
         self.fail(f"stopped by {name}", code=128 + number)
         self.check()
+
+    def _hand_on(self, number: int, frame: FrameType | None) -> None:
+        """In a process forked from this one (a DataLoader's worker): as if we were not there."""
+        before = self._handlers[number]
+        if callable(before):
+            before(number, frame)
+        else:
+            signal.signal(number, before)
+            signal.raise_signal(number)
 
     def _on_uncaught(
         self, kind: type[BaseException], error: BaseException, trace: TracebackType | None
@@ -279,6 +337,25 @@ def _end(code: int) -> None:
     os._exit(code)
 
 
+def _processes() -> str:
+    """Which processes can be seen here: the same word to those who see the same; or nothing."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
 class _Seen:
     """When each rank last beat, and when any last moved."""
 
@@ -299,13 +376,13 @@ class _Seen:
         if progress != self._progress or not all(waiting for _, _, waiting, *_ in beats):
             self._progress, self._moved = progress, now
         for rank, heard in enumerate(self._heard):
-            if now - heard > limit:
-                host, pid = beats[rank][4:]
+            if now - heard > limit and beats[rank][0] != CLOSED:
+                host, pid, _ = beats[rank][4:]
                 return (
                     f"{names[rank]} has been silent for {now - heard:.0f} s (process {pid} on "
                     f"{host}): it was stopped, or its machine is out of reach"
                 )
-        if now - self._moved > limit:
+        if now - self._moved > limit and any(beat[0] != CLOSED for beat in beats):
             states = "; ".join(f"{n}: {b[3]}" for n, b in zip(names, beats, strict=True))
             return f"no stage has made progress for {now - self._moved:.0f} s: {states}"
         return None
