@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -143,10 +144,9 @@ class Job:
     def kill(self) -> None:
         """Kill the ranks that are left, and what they started."""
         for pid in self.pids:
-            try:
-                os.killpg(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
+            if pid not in self.deaths:  # a number that is free may be somebody else's by now
+                with suppress(ProcessLookupError):
+                    os.killpg(pid, signal.SIGKILL)
         with self.changed:
             self.changed.wait_for(lambda: all(p in self.deaths for p in self.pids), 10)
 
