@@ -54,5 +54,5 @@ def all_finite(tensors: list[Tensor]) -> bool:
         values = tensor.coalesce().values() if tensor.is_sparse else tensor
         values = torch.view_as_real(values) if values.is_complex() else values
         wide = torch.float32 if values.dtype is torch.float16 else None
-        sums.append(values.detach().sum(dtype=wide).to(torch.float32))
+        sums.append(values.detach().sum(dtype=wide).to(torch.float64))
     return not sums or bool(torch.stack(sums).isfinite().all())
