@@ -236,8 +236,9 @@ class Engine:
             stage.load_gradient()
         norm, finite = None, stage.gradient.finite
         if self._must_agree():
-            mine = [stage.gradient_norm().double() ** 2, torch.tensor(0.0 if finite else 1.0)]
-            total = yield from self._fold(torch.stack([t.double().cpu() for t in mine]), torch.add)
+            squared = stage.gradient_norm().double().cpu() ** 2
+            mine = torch.stack([squared, torch.tensor(float(not finite), dtype=torch.float64)])
+            total = yield from self._fold(mine, torch.add)
             norm, finite = total[0].sqrt().to(stage.device), not total[1]
         with self._working():
             stage.update(norm, finite)

@@ -6,7 +6,18 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-__all__ = ["Nest", "Structure", "describe", "flatten", "leaves", "map_tensors", "unflatten"]
+__all__ = [
+    "Nest",
+    "Structure",
+    "describe",
+    "flatten",
+    "is_differentiable",
+    "leaves",
+    "map_tensors",
+    "to_device",
+    "total_bytes",
+    "unflatten",
+]
 
 Nest: TypeAlias = "Tensor | tuple[Nest, ...] | list[Nest] | dict[str, Nest] | None"
 Structure: TypeAlias = tuple[int, ...]
@@ -113,6 +124,3 @@ def to_device(nest: Nest, device: torch.device, copy: bool = False) -> Nest:
     # To the CPU the host waits: it would otherwise read what has not arrived.
     goes_on = device.type != "cpu"
     return map_tensors(lambda t: t.to(device, non_blocking=goes_on, copy=copy), nest)
-
-
-__all__ += ["is_differentiable", "to_device", "total_bytes"]

@@ -121,7 +121,7 @@ class Pipeline:
             check_choices(loss_fn, optimizer, schedule, on_nonfinite)
             check_kinds(rule, slack, autocast, device)
             check_counts(micro_batches, update_every, clip_grad_norm)
-            self._model, self._balance, self._micro_batches = model, balance, micro_batches
+            self._model, self._micro_batches = model, micro_batches
             self._schedule = SCHEDULES[schedule]
             self._rule = rule or (Exact() if self._schedule.flushes else Delayed("stash"))
             self._rule.check(self._schedule, self.stages)

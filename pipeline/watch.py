@@ -191,7 +191,8 @@ class Watch:
                 if details:
                     print(details, file=sys.stderr, end="")
                 sys.stderr.flush()
-                self._say_said()
+                with suppress(dist.DistError):
+                    self._store.set("said", "")
                 self._note(Failure(message, code))
             else:
                 self._await_said()
@@ -214,20 +215,12 @@ class Watch:
         self.failure = failure
         self.bell.set()
 
-    def _say_said(self) -> None:
-        try:
-            self._store.set("said", "")
-        except dist.DistError:
-            return
-
     def _await_said(self) -> None:
         """torchrun ends the job as soon as one rank ends: let the report be printed first."""
         end = time.monotonic() + GRACE
-        try:
+        with suppress(dist.DistError):
             while time.monotonic() < end and not self._store.check(["said"]):
                 time.sleep(0.01)
-        except dist.DistError:
-            return
 
     # Beats -------------------------------------------------------------------------------------
 
