@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .link import Link
 from .loss import name_of
 from .rules import Rule
 from .schedule import SCHEDULES
@@ -62,7 +63,9 @@ def check_timeout(timeout: Sequence[float]) -> None:
         )
 
 
-def check_kinds(rule: Any, slack: Any, autocast: Any, device: str | torch.device | None) -> None:
+def check_kinds(
+    rule: Any, slack: Any, autocast: Any, device: str | torch.device | None, emulated_link: Any
+) -> None:
     """Refuse objects that are not what their names say."""
     if rule is not None and not isinstance(rule, Rule):
         raise TypeError(
@@ -75,6 +78,11 @@ def check_kinds(rule: Any, slack: Any, autocast: Any, device: str | torch.device
         raise TypeError(f"slack={slack!r}: give a whole number, one for each hop, or 'auto'")
     if autocast is not None and not isinstance(autocast, torch.dtype):
         raise TypeError(f"autocast={autocast!r}: give a dtype, as in autocast=torch.bfloat16")
+    if emulated_link is not None and not isinstance(emulated_link, Link):
+        raise TypeError(
+            f"emulated_link={emulated_link!r}: give a Link, as in emulated_link=Link(latency=0.02) "
+            "with from headrace.pipeline import Link"
+        )
     try:
         torch.device("cpu" if device is None else device)
     except RuntimeError as error:

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .message import BY_WIRE, Note, TensorSpec
+from .message import TensorSpec
 
 __all__ = ["Carrier", "HostStaged", "Nccl"]
 
@@ -43,17 +43,6 @@ class Carrier:
     def receive_host(self, tensor: Tensor, peer: int) -> None:
         """Receive into a contiguous tensor of the CPU; the calling thread waits."""
         dist.recv(tensor.view(-1).view(torch.uint8), peer, group=self.group)
-
-    def place(self, tensor: Tensor) -> Note:
-        """Put a tensor where the receiver can reach it, if there is such a place.
-
-        The note, which goes ahead in the frame, says where; `BY_WIRE` means that `send` follows.
-        """
-        return BY_WIRE
-
-    def reach(self, spec: TensorSpec, note: Note) -> Tensor:
-        """Get the tensor that a note of the sender's `place` tells of."""
-        raise RuntimeError(f"{type(self).__name__} has no place for tensors, yet got {note}")
 
     def send(self, tensor: Tensor, peer: int, ready: Any) -> None:
         """Send a tensor once it is complete; the calling thread waits until it is gone."""

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
-from .engine import Call, Engine
+from .engine import Call, Done, Engine
 from .feed import Source
 from .layers import layer_at_fault
 from .message import Message
@@ -36,9 +36,9 @@ class Alone:
             for j, (engine, flow) in enumerate(zip(self.engines, self._flows, strict=True)):
                 if j not in results:
                     engine.expected = call
-                    done = self._advance(engine, flow)
-                    if done is not None:
-                        results[j] = done.result
+                    step = self._advance(engine, flow)
+                    if isinstance(step, Done):
+                        results[j] = step.result
             if before == sum(engine.progress for engine in self.engines):
                 states = "; ".join(f"stage {e.stage.index} {e.doing}" for e in self.engines)
                 raise RuntimeError(f"the stages wait for each other, a fault of Headrace: {states}")
@@ -70,8 +70,10 @@ class Apart:
         engine.expected = call
         self._source.open(messages)
         self._watch.check()
-        while (done := next(self._flow)) is None:
+        while not isinstance(step := next(self._flow), Done):
             self.waiting = True
-            self._watch.idle()
+            self._watch.idle(step.file, patient=engine.links.flush())
             self.waiting = False
-        return done.result
+        while not engine.links.flush():
+            self._watch.idle(patient=False)
+        return step.result

@@ -1,6 +1,6 @@
 """Run a schedule on a stage: the only place that acts.
 
-The engine is a generator. It yields None while the message it needs has not arrived, and `Done`
+The engine is a generator. It yields the inbox while the message it needs is not there, and `Done`
 when a call (train, evaluate, …) is over on its stage. Who drives it decides what waiting means:
 another stage's turn in the same process, or a sleep until a neighbour's message rings the bell.
 
@@ -12,17 +12,19 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import IntEnum
+from itertools import accumulate
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from .channel import Inbox, Links
 from .errors import InputError
 from .finite import explain
 from .gradient import all_finite
+from .link import Link
 from .message import Kind, Message
 from .microbatch import join
 from .nest import Nest, describe, to_device, total_bytes
@@ -30,7 +32,7 @@ from .report import Books, Report, Row, StageStatistics
 from .schedule import SCHEDULES, Action, Actions, Backward, Forward, Schedule, depths
 from .slack import choose_slack
 from .stage import Flight, Stage
-from .transport import Inbox, Links
+from .timeline import WORKING, Span, Timeline, Work
 
 __all__ = ["Call", "Done", "Engine", "Metrics"]
 
@@ -39,6 +41,9 @@ WARM = 4
 
 PINGS = 5
 
+LARGE = 1 << 20
+"""Bytes, at least, of the message that a link's bandwidth is measured with."""
+
 Metrics = Mapping[str, Callable[[Any, Any], Any]]
 """Names to functions of an output and its target (nests) that give a mean over samples."""
 
@@ -46,7 +51,7 @@ Metrics = Mapping[str, Callable[[Any, Any], Any]]
 class Call(IntEnum):
     """What a user asks of a pipeline; every rank makes the same calls in the same order."""
 
-    TRAIN, EVALUATE, PREDICT, STATE_DICT, STATISTICS, DRAIN, CLOSE = range(7)
+    TRAIN, EVALUATE, PREDICT, STATE_DICT, STATISTICS, TIMELINE, LINKS, DRAIN, CLOSE = range(9)
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,7 @@ class Done:
     result: Any
 
 
-Steps = Generator[Done | None, None, Any]
+Steps = Generator[Done | Inbox, None, Any]
 
 
 class Stretch:
@@ -95,14 +100,20 @@ class Engine:
         self.metrics: Metrics = {}
         self.doing = "waiting for its first call"
         self.progress = 0
-        self.busy_seconds = 0.0
-        self._began = math.nan
+        self.recorder = links.recorder
+        self.spans: list[Span] = []
         self._warm = (0.0, 0)
+        self.restart_shares()
         self._hop_bytes = 0
         self.trained = self._stretches = 0
         self._stretch = self._new_stretch()
 
-    def serve(self) -> Generator[Done | None, None, None]:
+    def restart_shares(self) -> None:
+        """Count the shares of time in `statistics` from here."""
+        self._spent = [0.0] * len(Work)
+        self._training_seconds = 0.0
+
+    def serve(self) -> Generator[Done | Inbox, None, None]:
         """Serve one call after the other, until the pipeline is closed."""
         calls: dict[Call, Callable[[], Steps]] = {
             Call.TRAIN: self._train,
@@ -110,6 +121,8 @@ class Engine:
             Call.PREDICT: self._predict,
             Call.STATE_DICT: self._state_dict,
             Call.STATISTICS: self._statistics,
+            Call.TIMELINE: self._timeline,
+            Call.LINKS: self._measure_links,
             Call.DRAIN: self._nothing,
             Call.CLOSE: self._close,
         }
@@ -133,6 +146,7 @@ class Engine:
     def _train(self) -> Steps:
         self.stage.set_training(True)
         self.books.begin()
+        start, before = time.perf_counter(), list(self.recorder.seconds)
         while True:
             message = yield from self._take(self.links.from_upstream)
             if message.kind is Kind.MICRO_BATCH:
@@ -146,6 +160,9 @@ class Engine:
             report = self.books.close(self.stage.version)
             message = replace(message, numbers=report.numbers())
         self._send_down(message)
+        self._training_seconds += time.perf_counter() - start
+        for work, (now, then) in enumerate(zip(self.recorder.seconds, before, strict=True)):
+            self._spent[work] += now - then
         return Report.from_numbers(message.numbers)
 
     def _feed(self, message: Message) -> Steps:
@@ -179,17 +196,18 @@ class Engine:
     def _forward(self, message: Message) -> None:
         self.doing = f"forward of micro-batch {message.index}"
         self.books.fed()
-        if self.trained == 0:
-            self._began = time.perf_counter()
         if self.trained == WARM:
-            self._warm = (self.busy_seconds, self.trained)
+            self._warm = (self.recorder.working, self.trained)
         self.trained += 1
-        with self._working():
-            x, target = self._input(message)
-            output = self.stage.forward(message.index, x, target, int(message.numbers[0]))
+        output, target = self.recorder.run(Work.FORWARD, message.index, self._run_stage, message)
         self._hop_bytes = total_bytes(output)
         if not self.stage.is_last:
             self._send_down(replace(message, body=(output, target)))
+
+    def _run_stage(self, message: Message) -> tuple[Nest, Nest]:
+        x, target = self._input(message)
+        samples = int(message.numbers[0])
+        return self.stage.forward(message.index, x, target, samples), target
 
     def _input(self, message: Message) -> tuple[Nest, Nest]:
         assert isinstance(message.body, tuple)
@@ -211,9 +229,8 @@ class Engine:
             flight.loss, gradients = cast(tuple[Tensor, list[Tensor | None]], reply.body)
             numbers = reply.numbers
         self.doing = f"backward of micro-batch {index}"
-        with self._working():
-            returned = stage.backward(flight, gradients)
-            stage.release(flight)
+        returned = self.recorder.run(Work.BACKWARD, index, stage.backward, flight, gradients)
+        stage.release(flight)
         if stage.settings.stops_on_nonfinite:
             leaving = [gradient for gradient in returned if gradient is not None]
             if not (flight.finite and all_finite(leaving)):
@@ -221,7 +238,8 @@ class Engine:
         loss = flight.loss
         assert loss is not None
         clock = time.perf_counter()
-        row = Row(stage.latest_staleness, self.busy_seconds, clock, stage.skipped).numbers()
+        working = self.recorder.working
+        row = Row(stage.latest_staleness, working, clock, stage.skipped).numbers()
         if stage.is_first:
             rows = Row.read(row + numbers)
             self.books.note(loss, flight.samples, rows, stage.version, stage.learning_rate)
@@ -232,16 +250,19 @@ class Engine:
     def _update(self) -> Steps:
         stage = self.stage
         self.doing = f"update {stage.version}"
-        with self._working():
-            stage.load_gradient()
-        norm, finite = None, stage.gradient.finite
-        if self._must_agree():
-            squared = stage.gradient_norm().double().cpu() ** 2
-            mine = torch.stack([squared, torch.tensor(float(not finite), dtype=torch.float64)])
-            total = yield from self._fold(mine, torch.add)
-            norm, finite = total[0].sqrt().to(stage.device), not total[1]
-        with self._working():
-            stage.update(norm, finite)
+        if not self._must_agree():
+            self.recorder.run(Work.UPDATE, stage.version, self._update_alone)
+            return
+        stage.load_gradient()
+        squared = stage.gradient_norm().double().cpu() ** 2
+        mine = torch.stack([squared, torch.tensor(not stage.gradient.finite).double()])
+        total = yield from self._fold(mine, torch.add)
+        norm, finite = total[0].sqrt().to(stage.device), not total[1]
+        self.recorder.run(Work.UPDATE, stage.version, stage.update, norm, finite)
+
+    def _update_alone(self) -> None:
+        self.stage.load_gradient()
+        self.stage.update(None, self.stage.gradient.finite)
 
     def _must_agree(self) -> bool:
         """Under a flush all stages move at once: on one norm to clip by, one decision to skip."""
@@ -333,12 +354,40 @@ class Engine:
 
     def _statistics(self) -> Steps:
         stage = self.stage
-        seconds = time.perf_counter() - self._began
-        head = [stage.version, stage.skipped, self.busy_seconds / seconds, stage.learning_rate]
+        seconds = self._training_seconds or math.nan
+        busy = sum(self._spent[work] for work in WORKING) / seconds
+        waiting, data = self._spent[Work.WAIT] / seconds, self._spent[Work.DATA] / seconds
+        head = [stage.version, stage.skipped, busy, waiting, data, stage.learning_rate]
+        head += [stage.most_in_flight, stage.rule.copies]
         pairs = [number for pair in sorted(stage.staleness.items()) for number in pair]
         mine = {str(stage.index): torch.tensor([*head, *pairs], dtype=torch.float64)}
         rows = yield from self._fold(mine, _merge)
         return [_read_statistics(int(j), row.tolist()) for j, row in rows.items()]
+
+    def _timeline(self) -> Steps:
+        """Every stage's spans, on the first stage's clock."""
+        _, ahead = (0.0, 0.0) if self.stage.is_last else (yield from self._measure_hop(8))
+        flat = [number for span in self.spans for number in span]
+        mine = {str(self.stage.index): torch.tensor([ahead, *flat], dtype=torch.float64)}
+        rows = [row.tolist() for row in (yield from self._fold(mine, _merge)).values()]
+        # What each clock is ahead of the first one: the sum over the hops before it.
+        shifts = accumulate((row[0] for row in rows[:-1]), initial=0.0)
+        return Timeline.of(
+            [_read_span(row[k : k + 4], shift) for k in range(1, len(row), 4)]
+            for row, shift in zip(rows, shifts, strict=True)
+        )
+
+    def _measure_links(self) -> Steps:
+        """The link of each hop, by a small message and a large one."""
+        mine = [0.0, math.inf]
+        if not self.stage.is_last:
+            size = max(LARGE, self._hop_bytes)
+            small, _ = yield from self._measure_hop(8)
+            large, _ = yield from self._measure_hop(size)
+            mine = [small, (size - 8) / (large - small) if large > small else math.inf]
+        row = {str(self.stage.index): torch.tensor(mine, dtype=torch.float64)}
+        rows = [each.tolist() for each in (yield from self._fold(row, _merge)).values()]
+        return [Link(*each) for each in rows[:-1]]
 
     def _nothing(self) -> Steps:
         yield from ()
@@ -354,8 +403,10 @@ class Engine:
         yield from self._drain()
         self.doing = "measuring the links"
         stage, (busy, trained) = self.stage, self._warm
-        seconds = (self.busy_seconds - busy) / max(1, self.trained - trained)
-        hop = math.nan if stage.is_last else (yield from self._measure_hop())
+        seconds = (self.recorder.working - busy) / max(1, self.trained - trained)
+        hop = math.nan
+        if not stage.is_last:
+            hop, _ = yield from self._measure_hop(self._hop_bytes)
         mine = {str(stage.index): torch.tensor([seconds, hop], dtype=torch.float64)}
         rows = [row.tolist() for row in (yield from self._fold(mine, _merge)).values()]
         slack, why = choose_slack([row[0] for row in rows], [row[1] for row in rows[:-1]])
@@ -365,25 +416,33 @@ class Engine:
         stage.depth = self.depths[stage.index]
         self._stretch = self._new_stretch()
 
-    def _measure_hop(self) -> Steps:
-        """Seconds, one way, for a message as large as the last output: the median of a few."""
-        body = torch.zeros(self._hop_bytes, dtype=torch.uint8, device=self.stage.device)
-        ping = Message(Kind.ECHO, body=body)
-        seconds = []
+    def _measure_hop(self, size: int) -> Generator[Inbox, None, tuple[float, float]]:
+        """Seconds, one way, for a message of so many bytes, the median of a few; and by how much
+        the next stage's clock is ahead, by the quickest one.
+        """
+        ping = Message(
+            Kind.ECHO, body=torch.zeros(size, dtype=torch.uint8, device=self.stage.device)
+        )
+        hops = []
         for _ in range(1 + PINGS):  # the first one waits until the next stage is listening
             start = time.perf_counter()
             self._send_down(ping)
-            yield from self._take(self.links.from_downstream)
-            seconds.append((time.perf_counter() - start) / 2)
-        return statistics.median(seconds[1:])
+            reply = yield from self._take(self.links.from_downstream)
+            end = time.perf_counter()
+            hops.append(((end - start) / 2, reply.numbers[0] - (start + end) / 2))
+        return statistics.median(hop for hop, _ in hops[1:]), min(hops[1:])[1]
 
     # Messages ----------------------------------------------------------------------------------
 
-    def _take(self, inbox: Inbox | None) -> Generator[None, None, Message]:
+    def _take(self, inbox: Inbox | None) -> Generator[Inbox, None, Message]:
         """Wait for the next message of a channel."""
         assert inbox is not None
+        start = time.perf_counter()
         while (message := inbox.poll()) is None:
-            yield None
+            yield inbox
+        # The first stage's upstream is the loader.
+        reads = self.stage.is_first and inbox is self.links.from_upstream
+        self.recorder.note(Work.DATA if reads else Work.WAIT, message.index, start)
         self.progress += 1
         return message
 
@@ -403,7 +462,7 @@ class Engine:
         stage, links = self.stage, self.links
         if not stage.is_first:
             while (above := (yield from self._take(links.from_upstream))).kind is Kind.ECHO:
-                self._send_up(above)
+                self._send_up(replace(above, numbers=(time.perf_counter(),)))
             value = combine(above.body, value)
         if not stage.is_last:
             self._send_down(Message(Kind.VALUE, body=value))
@@ -411,19 +470,27 @@ class Engine:
         self._send_up(Message(Kind.VALUE, body=value))
         return value
 
-    @contextmanager
-    def _working(self) -> Iterator[None]:
-        """Count the time of a block as this stage's work."""
-        start = time.perf_counter()
-        yield
-        self.busy_seconds += time.perf_counter() - start
-
 
 def _merge(above: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
     return {**above, **own}
 
 
+def _read_span(numbers: list[float], shift: float) -> Span:
+    work, index, start, end = numbers
+    return Span(Work(int(work)), int(index), start - shift, end - shift)
+
+
 def _read_statistics(stage: int, numbers: list[float]) -> StageStatistics:
-    updates, skipped, busy, rate, *pairs = numbers
-    histogram = {int(s): int(c) for s, c in zip(pairs[::2], pairs[1::2], strict=True)}
-    return StageStatistics(stage, int(updates), int(skipped), histogram, busy, rate)
+    updates, skipped, busy, waiting, data, rate, in_flight, copies, *pairs = numbers
+    return StageStatistics(
+        stage=stage,
+        updates=int(updates),
+        skipped=int(skipped),
+        staleness={int(s): int(c) for s, c in zip(pairs[::2], pairs[1::2], strict=True)},
+        busy=busy,
+        waiting=waiting,
+        data=data,
+        learning_rate=rate,
+        in_flight=int(in_flight),
+        copies=int(copies),
+    )

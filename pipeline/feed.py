@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .channel import Inbox
 from .engine import Call
 from .errors import InputError, first_line
 from .message import Kind, Message
@@ -15,7 +16,7 @@ from .nest import Nest
 __all__ = ["Source", "begin", "feed", "read"]
 
 
-class Source:
+class Source(Inbox):
     """The first stage's upstream channel: its messages are made when they are asked for.
 
     A loader at fault ends the call on all stages as its last mini-batch would; then the error goes

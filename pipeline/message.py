@@ -1,12 +1,13 @@
 """What travels between two stages, and its frame: the bytes that say all but the large tensors.
 
 A frame is a row of int64 codes (kind, micro-batch, numbers, the body's structure, each tensor's
-dtype and shape), the bytes of the small tensors, and a note on each large one. Its first `HEADER`
-bytes are sent first, for a receiver must know how much to expect; most frames are no longer.
+dtype, shape and way), then the bytes of the small tensors. A large tensor follows the frame, or
+lies where the frame's note on it says. Nothing is pickled.
 """
 
+import ctypes
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import NamedTuple
@@ -17,21 +18,16 @@ from torch import Tensor
 from .nest import Nest, flatten, unflatten
 
 __all__ = [
-    "BY_WIRE",
-    "HEADER",
     "Kind",
     "Message",
     "Note",
+    "Part",
     "TensorSpec",
-    "add_notes",
     "complete",
     "decode",
     "encode",
     "frame_bytes",
 ]
-
-HEADER = 4096
-"""Bytes of a frame that are sent first."""
 
 SMALL = 2048
 """Bytes up to which a tensor of the CPU travels in the frame."""
@@ -41,10 +37,10 @@ class Kind(IntEnum):
     """Downstream: a call begins, a micro-batch, measure the links, the call ends.
 
     Upstream: what came of a micro-batch. VALUE and ECHO go both ways: a value folded over the
-    stages, a measurement of a link. CLOSE is a channel's last message.
+    stages, a measurement of a link. CLOSE is a channel's last message; FRAME is a channel's own.
     """
 
-    BEGIN, MICRO_BATCH, TUNE, END, RESULT, VALUE, ECHO, CLOSE = range(8)
+    BEGIN, MICRO_BATCH, TUNE, END, RESULT, VALUE, ECHO, CLOSE, FRAME = range(9)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +73,10 @@ class TensorSpec:
     @property
     def bytes(self) -> int:
         """Its size."""
-        return int(torch.Size(self.shape).numel()) * self.dtype.itemsize
-
-    @property
-    def in_frame(self) -> bool:
-        """Whether it travels in the frame."""
-        return not self.bytes or (self.bytes <= SMALL and not self.on_accelerator)
+        size = self.dtype.itemsize
+        for length in self.shape:
+            size *= length
+        return size
 
 
 class Note(NamedTuple):
@@ -90,7 +84,7 @@ class Note(NamedTuple):
 
     Args:
         process, file: the sender's process, and its descriptor there.
-        slot_bytes, slot: the size of the file's slots, and which one; slot -1: it comes by wire.
+        slot_bytes, slot: the size of the file's slots, and which one.
     """
 
     process: int
@@ -99,8 +93,10 @@ class Note(NamedTuple):
     slot: int
 
 
-BY_WIRE = Note(0, 0, 0, -1)
-_NOTE = 8 * len(BY_WIRE)
+Part = tuple[TensorSpec, Tensor | Note | None]
+"""A tensor of a frame: itself if small, a note on where it is, or None, for it follows."""
+
+_IN_FRAME, _FOLLOWS, _NOTED = range(3)
 
 _DTYPES = (
     torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32,
@@ -109,35 +105,42 @@ _DTYPES = (
 _CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
 
 
-def encode(message: Message) -> tuple[Tensor, list[Tensor]]:
-    """Write a message as a frame, uint8 (bytes,), and the tensors that follow it.
+def encode(
+    message: Message, place: Callable[[Tensor], Note] | None = None
+) -> tuple[bytearray, list[Tensor]]:
+    """Write a message as a frame, and the large tensors that follow it.
+
+    Args:
+        place: puts a large tensor where the receiver can reach it; None: they follow.
 
     Raises:
         TypeError: a dtype or layout that cannot travel, or no nest of tensors (`nest.flatten`).
     """
     tensors, structure = flatten(message.body)
-    numbers = struct.pack(f"{len(message.numbers)}d", *message.numbers)
-    codes = [0, message.kind, message.index, message.last]
-    codes += [len(message.numbers), *struct.unpack(f"{len(message.numbers)}q", numbers)]
-    codes += [len(structure), *structure, len(tensors)]
-    small: list[Tensor] = []
-    large: list[Tensor] = []
+    numbers = message.numbers
+    codes = [len(structure), *structure, len(tensors)]
+    small: list[bytes] = []
+    following: list[Tensor] = []
     for tensor in tensors:
         spec = _specify(tensor)
-        codes += [_CODES[spec.dtype], spec.requires_grad + 2 * spec.on_accelerator]
-        codes += [tensor.dim(), *tensor.shape]
-        (small if spec.in_frame else large).append(tensor.detach().resolve_conj().resolve_neg())
-    head = torch.tensor(codes).view(torch.uint8)
-    notes = torch.zeros(_NOTE * len(large), dtype=torch.uint8)
-    frame = torch.cat([head, *(_padded(_bytes(tensor)) for tensor in small), notes])
-    frame[:8].view(torch.int64)[0] = len(frame)
-    return frame, large
-
-
-def add_notes(frame: Tensor, notes: Sequence[Note]) -> None:
-    """Write into a frame where its large tensors are."""
-    if notes:
-        frame[-_NOTE * len(notes) :].view(torch.int64).copy_(torch.tensor(notes).view(-1))
+        flags = spec.requires_grad + 2 * spec.on_accelerator
+        codes += [_CODES[spec.dtype], flags, len(spec.shape), *spec.shape]
+        size = spec.bytes
+        tensor = tensor.detach().resolve_conj().resolve_neg()
+        if not size or (size <= SMALL and not spec.on_accelerator):
+            codes.append(_IN_FRAME)
+            small.append(_bytes(tensor, size))
+        elif place is None:
+            codes.append(_FOLLOWS)
+            following.append(tensor)
+        else:
+            codes += [_NOTED, *place(tensor)]
+    size = 8 * (5 + len(numbers) + len(codes)) + sum(map(len, small))
+    head = (size, message.kind, message.index, message.last, len(numbers))
+    frame = bytearray(struct.pack(f"5q{len(numbers)}d{len(codes)}q", *head, *numbers, *codes))
+    for data in small:
+        frame += data
+    return frame, following
 
 
 def _specify(tensor: Tensor) -> TensorSpec:
@@ -150,58 +153,62 @@ def _specify(tensor: Tensor) -> TensorSpec:
     return TensorSpec(tensor.dtype, tuple(tensor.shape), tensor.requires_grad, on_accelerator)
 
 
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().view(-1).view(torch.uint8)
+def _bytes(tensor: Tensor, size: int) -> bytes:
+    """Its elements, filled up to whole int64s, so that what follows is aligned."""
+    if not size:
+        return b""
+    tensor = tensor.contiguous()  # a name: the memory must live until it has been read
+    return ctypes.string_at(tensor.data_ptr(), size) + bytes(-size % 8)
 
 
-def _padded(data: Tensor) -> Tensor:
-    """Fill up to whole int64s, so that what follows is aligned."""
-    return torch.nn.functional.pad(data, (0, -len(data) % 8))
+def frame_bytes(header: bytearray) -> int:
+    """The length of the frame that these bytes begin."""
+    return int(struct.unpack_from("q", header)[0])
 
 
-def frame_bytes(header: Tensor) -> int:
-    """The length of the frame that a header, uint8 (HEADER,), begins."""
-    return int(header[:8].view(torch.int64))
-
-
-def decode(
-    frame: Tensor,
-) -> tuple[Message, tuple[int, ...], list[Tensor | tuple[TensorSpec, Note]]]:
-    """Read a frame: the message without its body, the body's structure, and its tensors.
-
-    The large ones are given as what must be known to get them.
-    """
-    codes = iter(frame[: len(frame) // 8 * 8].view(torch.int64).tolist())
-    used = 0
-
-    def take(count: int) -> list[int]:
-        nonlocal used
-        used += count
-        return [next(codes) for _ in range(count)]
-
-    _, kind, index, last, count = take(5)
-    numbers = struct.unpack(f"{count}d", struct.pack(f"{count}q", *take(count)))
-    structure = tuple(take(take(1)[0]))
-    specs = []
-    for _ in range(take(1)[0]):
-        dtype, flags, dims = take(3)
-        shape = tuple(take(dims))
+def decode(frame: bytearray) -> tuple[Message, tuple[int, ...], list[Part]]:
+    """Read a frame: the message without its body, the body's structure, and its tensors."""
+    _, kind, index, last, count = struct.unpack_from("5q", frame)
+    numbers = struct.unpack_from(f"{count}d", frame, 40)
+    codes = memoryview(frame)[40 + 8 * count : len(frame) // 8 * 8].cast("q")
+    end = 1 + codes[0]
+    structure = tuple(codes[1:end])
+    tensors, at = codes[end], end + 1
+    specs: list[TensorSpec] = []
+    notes: list[Note | None] = []
+    ways: list[int] = []
+    for _ in range(tensors):
+        dtype, flags, dims = codes[at : at + 3]
+        way = at + 3 + dims
+        shape = tuple(codes[at + 3 : way])
         specs.append(TensorSpec(_DTYPES[dtype], shape, bool(flags & 1), bool(flags & 2)))
-    tensors: list[Tensor | tuple[TensorSpec, Note]] = []
-    place = used * 8
-    large = sum(not spec.in_frame for spec in specs)
-    notes = iter(frame[len(frame) - _NOTE * large :].view(torch.int64).view(-1, 4).tolist())
-    for spec in specs:
-        if spec.in_frame:
-            # A copy: tensors that shared the frame's memory would share one version counter.
-            data = frame[place : place + spec.bytes].clone().view(spec.dtype).view(spec.shape)
-            tensors.append(data.requires_grad_(spec.requires_grad))
+        ways.append(codes[way])
+        noted = 4 * (codes[way] == _NOTED)
+        notes.append(Note(*codes[way + 1 : way + 5]) if noted else None)
+        at = way + 1 + noted
+    place = 40 + 8 * (count + at)
+    parts: list[Part] = []
+    for spec, way, note in zip(specs, ways, notes, strict=True):
+        if way == _IN_FRAME:
+            parts.append((spec, _read(frame, place, spec)))
             place += spec.bytes + -spec.bytes % 8
         else:
-            tensors.append((spec, Note(*next(notes))))
-    return Message(Kind(kind), index, bool(last), numbers), structure, tensors
+            parts.append((spec, note))
+    return Message(Kind(kind), index, bool(last), numbers), structure, parts
 
 
-def complete(message: Message, structure: tuple[int, ...], tensors: list[Tensor]) -> Message:
+def _read(frame: bytearray, place: int, spec: TensorSpec) -> Tensor:
+    """A copy: a tensor in the frame's own memory could lie askew, and would share it."""
+    tensor = torch.empty(spec.shape, dtype=spec.dtype)
+    if spec.bytes:
+        address = ctypes.addressof(ctypes.c_char.from_buffer(frame, place))
+        ctypes.memmove(tensor.data_ptr(), address, spec.bytes)
+    return tensor
+
+
+def complete(
+    message: Message, structure: tuple[int, ...], parts: list[tuple[TensorSpec, Tensor]]
+) -> Message:
     """Put the tensors into a message that `decode` gave."""
+    tensors = [tensor.requires_grad_(spec.requires_grad) for spec, tensor in parts]
     return replace(message, body=unflatten(tensors, structure))

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from .arguments import check_choices, check_counts, check_kinds, check_timeout, choose_stages
+from .channel import Links, connect_locally
 from .driver import Alone, Apart, Driver
 from .engine import Call, Engine, Metrics
 from .errors import InputError, first_line
 from .feed import Source, begin, feed, read
 from .layers import Layers, materialise
+from .link import Link
 from .loss import Loss
 from .measure import measure
 from .message import Message
@@ -30,16 +32,31 @@ from .rules import Delayed, Exact, Rule
 from .schedule import SCHEDULES
 from .settings import OptimizerFactory, SchedulerFactory, Settings
 from .stage import Stage
-from .transport import Links, connect, connect_locally
+from .timeline import Timeline
+from .transport import connect
 from .watch import Pulse, Watch, title
 from .world import World, choose_device, meet
 
-__all__ = ["Pipeline"]
+__all__ = ["Pipeline", "Recording"]
 
 TUNE_AT = 16
 """The micro-batch before which `slack='auto'` measures."""
 
 _jobs = itertools.count()
+
+
+class Recording:
+    """What `Pipeline.record` gives: its timeline is there once the block is over."""
+
+    def __init__(self) -> None:
+        self._timeline: Timeline | None = None
+
+    @property
+    def timeline(self) -> Timeline:
+        """Every stage's spans."""
+        if self._timeline is None:
+            raise RuntimeError("the timeline is there once the with-block of record() is over")
+        return self._timeline
 
 
 class Pipeline:
@@ -73,6 +90,8 @@ class Pipeline:
             and of layers on the meta device; None is torch.initial_seed().
         on_nonfinite: 'stop' at the first loss or gradient that is not finite, or 'skip' its update.
         timeout: seconds of silence after which the job ends, until the first update and after it.
+        emulated_link: makes every link between neighbours this slow, to see what one would do
+            (torchrun only).
 
     Raises:
         TypeError, ValueError: an argument that cannot work; the message says what to write.
@@ -100,6 +119,7 @@ class Pipeline:
         seed: int | None = None,
         on_nonfinite: str = "stop",
         timeout: tuple[float, float] = (300.0, 60.0),
+        emulated_link: Link | None = None,
     ) -> None:
         check_timeout(timeout)
         self._driver: Driver | None = None
@@ -119,7 +139,12 @@ class Pipeline:
             self.stages = choose_stages(stages, self._world)
             check_model(model, self.stages)
             check_choices(loss_fn, optimizer, schedule, on_nonfinite)
-            check_kinds(rule, slack, autocast, device)
+            check_kinds(rule, slack, autocast, device, emulated_link)
+            if emulated_link is not None and self._world is None:
+                raise ValueError(
+                    "emulated_link= holds messages between processes back, and one process sends "
+                    "none: start it with torchrun, or leave it out"
+                )
             check_counts(micro_batches, update_every, clip_grad_norm)
             self._model, self._micro_batches = model, micro_batches
             self._schedule = SCHEDULES[schedule]
@@ -146,7 +171,7 @@ class Pipeline:
                 compile=dict(compile) if isinstance(compile, Mapping) else {} if compile else None,
                 stops_on_nonfinite=on_nonfinite == "stop",
             )
-            self._links = self._connect(shared)
+            self._links = self._connect(shared, emulated_link)
             if self.stages == 1:
                 self._cut([len(model)], count(model))
             elif balance != "time":
@@ -266,6 +291,35 @@ class Pipeline:
         result: list[StageStatistics] = self._run(Call.STATISTICS)
         return result
 
+    def reset_shares(self) -> None:
+        """Count the shares of time in `statistics` from here on; every rank for itself."""
+        self._require_built("reset_shares()")
+        for engine in self._engines:
+            engine.restart_shares()
+
+    @contextmanager
+    def record(self) -> Iterator[Recording]:
+        """Record what every stage does in the block; then drain, and gather the spans.
+
+        Meanwhile the spans are torch.profiler's too, should one be running.
+        """
+        self._require_built("record()")
+        for engine in self._engines:
+            engine.recorder.start()
+        recording = Recording()
+        try:
+            yield recording
+        finally:
+            for engine in self._engines:
+                engine.spans = engine.recorder.stop()
+        recording._timeline = self._run(Call.TIMELINE)
+
+    def measure_links(self) -> list[Link]:
+        """Drain, then give the link of each hop as it is now: the same on every rank."""
+        self._require_built("measure_links()")
+        result: list[Link] = self._run(Call.LINKS)
+        return result
+
     def drain(self) -> None:
         """Bring all micro-batches in flight to their end."""
         if self._driver is not None:
@@ -332,12 +386,14 @@ class Pipeline:
         engine = driver.engines[0]
         return Pulse(engine.progress, driver.waiting, engine.stage.version > 0, engine.doing)
 
-    def _connect(self, shares_device: bool) -> list[Links]:
+    def _connect(self, shares_device: bool, emulated_link: Link | None) -> list[Links]:
         if self._world is None or self._watch is None:
             return connect_locally(self.stages)
         ranks = list(range(self.stages))
-        watch = self._watch
-        return [connect(ranks, self.rank, self._device, shares_device, watch.bell, watch.lost)]
+        watch, device = self._watch, self._device
+        return [
+            connect(ranks, self.rank, device, shares_device, watch.bell, watch.lost, emulated_link)
+        ]
 
     def _open(self, loader: Iterable[Any], pairs_only: bool) -> Iterator[tuple[Nest, Nest]]:
         """Read a loader's first mini-batch, on the first stage, and build the stages if need be."""
@@ -437,6 +493,7 @@ class Pipeline:
         return self._driver is None
 
     def _require_built(self, what: str) -> None:
+        self._require_open()
         if self._driver is None:
             raise RuntimeError(
                 f"{what} needs the stages, and balance='time' cuts them on the first mini-batch: "

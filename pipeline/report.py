@@ -80,7 +80,12 @@ class StageStatistics:
 
     Args:
         staleness: how many gradients were applied at each staleness, in updates.
-        busy: the share of the time since its first micro-batch spent in forward, backward, update.
+        busy: the share of the time in `train` spent in forward, backward and update; this share
+            and the next two since `reset_shares`, and NaN before any training.
+        waiting: the share spent waiting for a neighbour's message.
+        data: the share that the first stage spent waiting for its loader.
+        in_flight: the most micro-batches that were between their forward and their backward.
+        copies: of the weights, kept for the micro-batches in flight.
     """
 
     stage: int
@@ -88,7 +93,11 @@ class StageStatistics:
     skipped: int
     staleness: dict[int, int]
     busy: float
+    waiting: float
+    data: float
     learning_rate: float
+    in_flight: int
+    copies: int
 
     @property
     def staleness_mean(self) -> float:

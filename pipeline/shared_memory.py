@@ -1,22 +1,18 @@
-"""Carry tensors of the CPU between processes of one host through memory that both map.
+"""Pass tensors of the CPU to another process of this host through memory that both map.
 
 gloo copies a tensor four times on its way over loopback, in threads that take the cores' time from
 the layers. Here the sender copies it once, into a free slot of a memory file, and the receiver's
-tensor is that slot; when the last view of it is gone, the slot is free again. A tensor that finds
-no free slot (the receiver keeps many) goes by gloo.
+tensor is that slot; when the last view of it is gone, the slot is free again.
 """
 
 import mmap
 import os
-import secrets
 import weakref
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from .carrier import Carrier
-from .message import BY_WIRE, Note, TensorSpec
+from .message import Note, TensorSpec
 
 __all__ = ["SharedMemory"]
 
@@ -72,55 +68,44 @@ class _Arena:
         weakref.finalize(view, self.memory.__setitem__, slot, 0).atexit = False
 
 
-class SharedMemory(Carrier):
-    """A carrier whose large tensors stay in memory; what says where they are goes by gloo."""
+class SharedMemory:
+    """One direction between two processes; each end has its own, of the same files.
 
-    def __init__(self, device: torch.device, group: dist.ProcessGroup) -> None:
-        super().__init__(device, group)
-        # A sender keeps all it has made: the receiver opens one when it comes to it.
+    A sender keeps all the files it has made: the receiver opens one when it comes to it.
+    """
+
+    def __init__(self) -> None:
         self._arenas: dict[tuple[int, int], _Arena] = {}
-        self._shares = False
-
-    def warm_up(self, peer: int, sends: bool) -> None:
-        """Open the connection, and find out whether the receiver can open the sender's memory."""
-        super().warm_up(peer, sends)
-        answer = torch.zeros(1, dtype=torch.int64)
-        if sends:
-            probe = _make_arena(8)
-            word = secrets.randbits(60)
-            if probe:
-                probe.view(0, 8)[:] = word.to_bytes(8, "little")
-            self.send_host(torch.tensor(_note(probe, word)), peer)
-            self.receive_host(answer, peer)
-        else:
-            note = torch.empty(4, dtype=torch.int64)
-            self.receive_host(note, peer)
-            answer.fill_(_can_open(note.tolist()))
-            self.send_host(answer, peer)
-        self._shares = bool(answer)
 
     def place(self, tensor: Tensor) -> Note:
-        """Copy a tensor into a free slot, if there is one."""
+        """Copy a tensor, which is not empty, into a free slot, and say which.
+
+        Raises:
+            OSError: the system has no such memory, or no more of it.
+        """
         size = tensor.numel() * tensor.element_size()
-        if not self._shares:
-            return BY_WIRE
-        arena = next((a for a in self._arenas.values() if a.slot_bytes >= size), None)
-        arena = arena or self._make(size)
-        slot = arena.take() if arena else None
-        if arena is None or slot is None:
-            return BY_WIRE
+        arena, slot = self._find(size)
         flat = torch.frombuffer(arena.view(slot, size), dtype=tensor.dtype)
         flat.view(tensor.shape).copy_(tensor)
-        return _note(arena, slot)
+        return Note(os.getpid(), arena.file, arena.slot_bytes, slot)
 
-    def _make(self, size: int) -> _Arena | None:
-        arena = _make_arena(size)
-        if arena:
-            self._arenas[os.getpid(), arena.file] = arena
-        return arena
+    def _find(self, size: int) -> tuple[_Arena, int]:
+        for arena in self._arenas.values():
+            # A far larger slot would do, and be wasted.
+            if size <= arena.slot_bytes <= max(PAGE, 2 * size):
+                slot = arena.take()
+                if slot is not None:
+                    return arena, slot
+        arena = _Arena.make(size)
+        self._arenas[os.getpid(), arena.file] = arena
+        return arena, arena.take() or 0
 
     def reach(self, spec: TensorSpec, note: Note) -> Tensor:
-        """Give a tensor that lives in the slot; the slot is free when the last view is gone."""
+        """Give a tensor that lives in the slot; the slot is free when the last view is gone.
+
+        Raises:
+            OSError: the sender's memory cannot be opened here.
+        """
         process, file, slot_bytes, slot = note
         if (process, file) not in self._arenas:
             self._arenas[process, file] = _Arena.open(process, file, slot_bytes)
@@ -128,26 +113,3 @@ class SharedMemory(Carrier):
         view = arena.view(slot, spec.bytes)
         arena.free_with(view, slot)
         return torch.frombuffer(view, dtype=spec.dtype).view(spec.shape)
-
-
-def _note(arena: _Arena | None, slot: int) -> Note:
-    """Where a tensor is: the sender's process, its file there, the slots' size, the slot."""
-    return Note(os.getpid(), arena.file, arena.slot_bytes, slot) if arena else BY_WIRE
-
-
-def _make_arena(least: int) -> _Arena | None:
-    """An arena, or None where the system has no such memory."""
-    try:
-        return _Arena.make(least)
-    except (AttributeError, OSError):
-        return None
-
-
-def _can_open(note: list[int]) -> bool:
-    """Whether the memory that a note names can be opened here, and has the word in it."""
-    process, file, slot_bytes, word = note
-    try:
-        arena = _Arena.open(process, file, slot_bytes)
-    except (OSError, ValueError):
-        return False
-    return bytes(arena.view(0, 8)) == word.to_bytes(8, "little")

@@ -79,7 +79,7 @@ class Stage:
         self.schedulers = make_schedulers(settings.scheduler, self.optimizers)
         self.flights: dict[int, Flight] = {}
         self.gradient = Gradient()
-        self.version = self.skipped = 0
+        self.version = self.skipped = self.most_in_flight = 0
         self.staleness: Counter[int] = Counter()
         self.latest_staleness = 0.0
         self._pristine_rule, self._random = rule, random
@@ -108,6 +108,7 @@ class Stage:
             weights.users += 1
         flight = Flight(index, samples, self.version, x, target if self.is_last else None, weights)
         self.flights[index] = flight
+        self.most_in_flight = max(self.most_in_flight, len(self.flights))
         with self._random.in_force() if self._random else nullcontext():
             if self.rule.recomputes and self.depth:
                 flight.random = RandomState.capture(self.device)

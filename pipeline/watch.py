@@ -24,6 +24,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 
+from .bell import Bell
 from .errors import InputError, first_line
 from .layers import layer_at_fault
 
@@ -87,7 +88,7 @@ class Watch:
         timeout: tuple[float, float],
         pulse: Callable[[], Pulse],
     ) -> None:
-        self.bell = threading.Event()
+        self.bell = Bell()
         self.failure: Failure | None = None
         mine = store.clone()  # type: ignore[attr-defined]
         self._store = PrefixStore(f"headrace/{job}", mine)
@@ -111,10 +112,14 @@ class Watch:
 
     # For the main thread -----------------------------------------------------------------------
 
-    def idle(self) -> None:
-        """Sleep until the bell rings, a moment at most, and end this rank if the job has failed."""
-        self.bell.wait(0.1)
-        self.bell.clear()
+    def idle(self, file: int | None = None, patient: bool = True) -> None:
+        """Sleep until the bell rings or a file can be read, a moment at most, and end this rank if
+        the job has failed.
+
+        Args:
+            patient: nothing else is to be done soon.
+        """
+        self.bell.wait(0.1 if patient else 0.001, file)
         self.check()
 
     def check(self) -> None:
@@ -213,7 +218,7 @@ class Watch:
     def _note(self, failure: Failure) -> None:
         self._failed_at = time.monotonic()
         self.failure = failure
-        self.bell.set()
+        self.bell.ring()
 
     def _await_said(self) -> None:
         """torchrun ends the job as soon as one rank ends: let the report be printed first."""

@@ -1,7 +1,9 @@
 """Who takes part: the ranks that torchrun started, the store they share, their devices."""
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -36,6 +38,7 @@ def meet() -> World | None:
             # It stays until this process exits: made a second time in one job, it would find
             # the first one's keys in the store.
             dist.init_process_group("gloo")
+            _wait_until_all_have_met()
         except dist.DistNetworkError as error:
             address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             raise InputError(
@@ -50,6 +53,17 @@ def meet() -> World | None:
         local_size=int(os.environ.get("LOCAL_WORLD_SIZE", size)),
         store=distributed_c10d._get_default_store(),
     )
+
+
+def _wait_until_all_have_met() -> None:
+    """A rank that is refused and leaves before all others have connected would break their
+    connecting, and their error would hide its own.
+    """
+    store = distributed_c10d._get_default_store()
+    key = "headrace/met/{}".format
+    store.set(key(dist.get_rank()), "")
+    with suppress(dist.DistError):  # who is missing is for `watch` to say
+        store.wait([key(rank) for rank in range(dist.get_world_size())], timedelta(minutes=1))
 
 
 def choose_device(

@@ -50,6 +50,10 @@ class Stash(Rule):
     def __init__(self) -> None:
         self.versions = Versions()
 
+    @property
+    def copies(self) -> int:
+        return len(self.versions.copies)
+
     def weights(self, stage: "Stage", index: int) -> Version | None:
         if stage.depth == 0:
             return None
@@ -69,6 +73,10 @@ class Predict(Rule):
         self.predictor = predictor
         self.versions = Versions()
         self.before: dict[str, Tensor] = {}
+
+    @property
+    def copies(self) -> int:
+        return len(self.versions.copies) + bool(self.before)
 
     def weights(self, stage: "Stage", index: int) -> Version | None:
         if stage.depth == 0:
@@ -124,6 +132,10 @@ class Delayed(Rule):
                 f"rule delayed under schedule {schedule.name!r}: nothing is stale under a flush; "
                 "write rule=Exact(), or schedule='stream'"
             )
+
+    @property
+    def copies(self) -> int:
+        return self.policy.copies
 
     def attach(self, stage: "Stage") -> None:
         self.policy.attach(stage)

@@ -24,6 +24,11 @@ class Rule:
             ValueError: with the reason and what to write instead.
         """
 
+    @property
+    def copies(self) -> int:
+        """Copies of the weights that it keeps."""
+        return 0
+
     def attach(self, stage: "Stage") -> None:
         """Look at the stage that this copy of the rule belongs to, once it is built."""
 

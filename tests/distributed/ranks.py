@@ -19,12 +19,15 @@ from typing import Any
 import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-__all__ = ["Job", "Launcher", "Outcome", "free_port", "torchrun"]
+__all__ = ["TRANSPORTS", "Job", "Launcher", "Outcome", "free_port", "torchrun"]
 
 Program = Callable[..., Any]
 """Runs on every rank, in the job's folder; a function of a module, named to the ranks."""
 
 AT_ONCE = 5
+
+TRANSPORTS: dict[str, dict[str, str]] = {"one host": {}, "hosts apart": {"APART": "1"}}
+"""Environments in which ranks of this machine are, or are not, aware that they share it."""
 
 ROOT = Path(__file__).parents[2]
 
@@ -233,7 +236,12 @@ class Launcher:
         return self.start(program, ranks, *args, **how).wait(seconds)
 
     def run_many(
-        self, program: Program, ranks: int, arguments: Mapping[str, Any], seconds: float = 60.0
+        self,
+        program: Program,
+        ranks: int,
+        arguments: Mapping[str, Any],
+        seconds: float = 60.0,
+        **how: Any,
     ) -> dict[str, Outcome]:
         """Run a program once for each argument, a few jobs at a time, for they wait a lot.
 
@@ -241,7 +249,7 @@ class Launcher:
         """
         outcomes = {}
         for names in batched(arguments, AT_ONCE):
-            jobs = {name: self.start(program, ranks, arguments[name]) for name in names}
+            jobs = {name: self.start(program, ranks, arguments[name], **how) for name in names}
             outcomes.update({name: job.end(seconds)[0] for name, job in jobs.items()})
         return outcomes
 

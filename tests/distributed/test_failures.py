@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from .failing import FLAG, NAP, Plan, at_rest, busy_then_dead, misfortune, while_connecting
-from .ranks import Job, Launcher, Outcome
+from .ranks import TRANSPORTS, Job, Launcher, Outcome
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -35,14 +35,14 @@ def expect_end(outcome: Outcome, stage: int, code: int, says: str, seconds: floa
     assert outcome.seconds_from_first_to_last() < seconds, f"{outcome}"
 
 
-@pytest.fixture(scope="module")
-def killed(launcher: Launcher) -> dict[str, Outcome]:
+@pytest.fixture(scope="module", params=TRANSPORTS)
+def killed(request: pytest.FixtureRequest, launcher: Launcher) -> dict[str, Outcome]:
     cases = {
         f"{stage} {moment}": Plan("kill", stage, *MOMENTS[moment])
         for stage in STAGES
         for moment in MOMENTS
     }
-    return launcher.run_many(misfortune, 3, cases)
+    return launcher.run_many(misfortune, 3, cases, environment=TRANSPORTS[request.param])
 
 
 @pytest.mark.parametrize("moment", MOMENTS)

@@ -3,7 +3,7 @@
 import pytest
 
 from ..pipeline.helpers import assert_same
-from .ranks import Launcher
+from .ranks import TRANSPORTS, Launcher
 from .training import CASES, SIZES, Account, run_cases
 
 pytestmark = pytest.mark.timeout(120)
@@ -11,11 +11,15 @@ pytestmark = pytest.mark.timeout(120)
 Accounts = tuple[dict[str, Account], list[dict[str, Account]]]
 
 
-@pytest.fixture(scope="module", params=SIZES, ids=lambda n: f"{n}-stages")
+KINDS = [*((stages, "one host") for stages in SIZES), (3, "hosts apart")]
+
+
+@pytest.fixture(scope="module", params=KINDS, ids=lambda kind: f"{kind[0]} stages, {kind[1]}")
 def accounts(request: pytest.FixtureRequest, launcher: Launcher) -> Accounts:
     """Of one process alone, and of each rank."""
-    stages: int = request.param
-    outcome = launcher.run(run_cases, stages, stages, False, seconds=100)
+    stages, transport = request.param
+    environment = TRANSPORTS[transport]
+    outcome = launcher.run(run_cases, stages, stages, False, seconds=100, environment=environment)
     outcome.expect(*[0] * stages)
     return run_cases(stages, alone=True), outcome.results
 

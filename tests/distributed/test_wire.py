@@ -8,17 +8,17 @@ from headrace.pipeline.schedule import depths
 
 from ..pipeline.helpers import assert_close, assert_same
 from .payloads import PAYLOADS, Seen, choose_slack, plain, train_payloads
-from .ranks import Launcher
+from .ranks import TRANSPORTS, Launcher
 
 pytestmark = pytest.mark.timeout(120)
 
 All = dict[str, tuple[Seen, Seen]]
 
 
-@pytest.fixture(scope="module")
-def trained(launcher: Launcher) -> tuple[All, list[All]]:
+@pytest.fixture(scope="module", params=TRANSPORTS)
+def trained(request: pytest.FixtureRequest, launcher: Launcher) -> tuple[All, list[All]]:
     """In one process alone, and on each of three ranks; all payloads in one launch."""
-    outcome = launcher.run(train_payloads, 3, False)
+    outcome = launcher.run(train_payloads, 3, False, environment=TRANSPORTS[request.param])
     outcome.expect(0, 0, 0)
     assert not outcome.reports
     return train_payloads(alone=True), outcome.results

@@ -123,7 +123,9 @@ def run_case(case: Case, stages: int | None, sizes: list[int]) -> Account:
             progress=[_without(asdict(p), "samples_per_second", "busy") for p in progress],
             evaluations=evaluations,
             predictions=predictions,
-            statistics=[_without(asdict(row), "busy") for row in pipe.statistics()],
+            statistics=[
+                _without(asdict(row), "busy", "waiting", "data") for row in pipe.statistics()
+            ],
             halfway=halfway,
             weights=pipe.state_dict(),
             own={name: p.detach().clone() for name, p in pipe.named_parameters()},

@@ -117,8 +117,8 @@ def test_the_host_reads_losses_at_the_log_interval_only() -> None:
 
 
 def test_statistics_of_a_stage() -> None:
-    statistics = StageStatistics(0, 12, 1, {0: 1, 1: 2, 4: 9}, 0.9, 0.1)
+    statistics = StageStatistics(0, 12, 1, {0: 1, 1: 2, 4: 9}, 0.9, 0.1, 0.0, 0.1, 5, 4)
     assert statistics.staleness_mean == (2 + 36) / 12
     assert statistics.staleness_max == 4
-    none = StageStatistics(0, 0, 0, {}, math.nan, 0.1)
+    none = StageStatistics(0, 0, 0, {}, math.nan, math.nan, math.nan, 0.1, 0, 0)
     assert (none.staleness_mean, none.staleness_max) == (0.0, 0)

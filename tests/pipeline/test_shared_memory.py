@@ -1,24 +1,19 @@
 """Large tensors in memory that two processes map: here both ends are one process."""
 
 import gc
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from headrace.pipeline.message import BY_WIRE, Note, TensorSpec
+from headrace.pipeline.message import TensorSpec
 from headrace.pipeline.shared_memory import SLOTS, SharedMemory
 
 
 @pytest.fixture
 def ends() -> tuple[SharedMemory, SharedMemory]:
-    """A sender and a receiver, as they are once `warm_up` found that they can share."""
-    no_group: Any = None
-    both = SharedMemory(torch.device("cpu"), no_group), SharedMemory(torch.device("cpu"), no_group)
-    for end in both:
-        end._shares = True
-    return both
+    """A sender and a receiver."""
+    return SharedMemory(), SharedMemory()
 
 
 def spec_of(tensor: Tensor) -> TensorSpec:
@@ -64,17 +59,15 @@ def test_a_slot_is_free_when_the_last_view_is_gone(
     assert sender.place(tensor).slot == first.slot
 
 
-def test_without_a_free_slot_it_goes_by_wire(ends: tuple[SharedMemory, SharedMemory]) -> None:
+def test_without_a_free_slot_another_file_is_made(ends: tuple[SharedMemory, SharedMemory]) -> None:
     sender, receiver = ends
-    tensors = [torch.full((1000,), float(k)) for k in range(SLOTS)]
+    tensors = [torch.full((1000,), float(k)) for k in range(SLOTS + 1)]
     notes = [sender.place(tensor) for tensor in tensors]
     kept = [receiver.reach(spec_of(t), note) for t, note in zip(tensors, notes, strict=True)]
-    assert sorted(note.slot for note in notes) == list(range(SLOTS))
-    assert sender.place(tensors[0]) == BY_WIRE
+    assert sorted(note.slot for note in notes[:-1]) == list(range(SLOTS))
+    assert len({note.file for note in notes[:-1]}) == 1
+    assert notes[-1].file != notes[0].file
     assert all(torch.equal(k, t) for k, t in zip(kept, tensors, strict=True))
-
-
-def test_one_who_cannot_share_sends_by_wire() -> None:
-    no_group: Any = None
-    assert SharedMemory(torch.device("cpu"), no_group).place(torch.zeros(9999)) == BY_WIRE
-    assert isinstance(BY_WIRE, Note)
+    del kept
+    gc.collect()
+    assert sender.place(tensors[0])[1:] == notes[0][1:]  # the first slot of the first file again
