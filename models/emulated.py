@@ -12,39 +12,54 @@ __all__ = ["EmulatedLayer", "emulated"]
 
 
 def emulated(
-    layers: int = 4, forward_ms: float = 10.0, backward_ms: float = 20.0, width: int = 8
+    layers: int = 4,
+    forward_ms: float = 10.0,
+    backward_ms: float = 20.0,
+    width: int = 8,
+    samples: int | None = None,
 ) -> nn.Sequential:
     """`layers` equal `EmulatedLayer`s: (N, width) -> the same, and as long as the times say.
 
-    For measuring a pipeline's schedule apart from its arithmetic. Whatever the size of a
-    micro-batch, each layer takes the same time. For unequal layers, put `EmulatedLayer`s of
-    different times into an `nn.Sequential`.
+    For measuring a pipeline's schedule and transport apart from its arithmetic. For unequal
+    layers, put `EmulatedLayer`s of different times into an `nn.Sequential`.
 
     Raises:
-        ValueError: `layers` or `width` below 1, or a negative time.
+        ValueError: `layers`, `width` or `samples` below 1, or a negative time.
     """
     check_positive(layers=layers)
-    return nn.Sequential(*(EmulatedLayer(forward_ms, backward_ms, width) for _ in range(layers)))
+    return nn.Sequential(
+        *(EmulatedLayer(forward_ms, backward_ms, width, samples) for _ in range(layers))
+    )
 
 
 class EmulatedLayer(nn.Module):
     """x · weight, after `forward_ms` milliseconds of sleep; its backward sleeps `backward_ms`.
 
-    (…, width) -> the same. `weight` has `width` numbers, 1 at first: something real to train.
+    (N, …, width) -> the same. `weight` has `width` numbers, 1 at first: something real to train.
+
+    A sleep ends a little late. The next one of the same process is shorter by that, so that over
+    many layers the times are as given; what the host does between two layers is not taken off.
 
     It sleeps on the host. With CUDA tensors too: the device stays idle meanwhile, and what the
     host would have queued ahead waits, so times measured there are those of a busy host, not of a
     busy device.
+
+    Args:
+        samples: how many the times are for; others take in proportion. None: any number takes as
+            long.
     """
 
-    def __init__(self, forward_ms: float, backward_ms: float, width: int) -> None:
+    def __init__(
+        self, forward_ms: float, backward_ms: float, width: int, samples: int | None = None
+    ) -> None:
         super().__init__()
-        check_positive(width=width)
+        check_positive(width=width, **({} if samples is None else {"samples": samples}))
         for name, value in (("forward_ms", forward_ms), ("backward_ms", backward_ms)):
             if not 0.0 <= value < float("inf"):
                 raise ValueError(f"{name}={value!r}: give milliseconds, 0 or more")
         self.forward_ms = forward_ms
         self.backward_ms = backward_ms
+        self.samples = samples
         self.weight = nn.Parameter(torch.empty(width))
         self.reset_parameters()
 
@@ -52,13 +67,15 @@ class EmulatedLayer(nn.Module):
         nn.init.ones_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        time.sleep(self.forward_ms / 1000)
+        share = 1.0 if self.samples is None else len(x) / self.samples
+        _sleep(share * self.forward_ms / 1000)
         scaled = x * self.weight
-        slept: Tensor = _SleepInBackward.apply(scaled, self.backward_ms / 1000)  # type: ignore[no-untyped-call]
+        slept: Tensor = _SleepInBackward.apply(scaled, share * self.backward_ms / 1000)  # type: ignore[no-untyped-call]
         return slept
 
     def extra_repr(self) -> str:
-        return f"forward_ms={self.forward_ms}, backward_ms={self.backward_ms}"
+        each = "" if self.samples is None else f", samples={self.samples}"
+        return f"forward_ms={self.forward_ms}, backward_ms={self.backward_ms}{each}"
 
 
 class _SleepInBackward(torch.autograd.Function):
@@ -71,5 +88,17 @@ class _SleepInBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        time.sleep(ctx.seconds)
+        _sleep(ctx.seconds)
         return gradient, None
+
+
+_late = 0.0
+"""Seconds by which this process's sleeps so far ended too late, altogether."""
+
+
+def _sleep(seconds: float) -> None:
+    global _late
+    start = time.perf_counter()
+    if seconds > _late:
+        time.sleep(seconds - _late)
+    _late += time.perf_counter() - start - seconds

@@ -49,10 +49,15 @@ class Gradient:
 
 def all_finite(tensors: list[Tensor]) -> bool:
     """Whether no element is infinite or NaN; one pass over memory, and one wait for the device."""
-    sums = []
-    for tensor in tensors:
-        values = tensor.coalesce().values() if tensor.is_sparse else tensor
-        values = torch.view_as_real(values) if values.is_complex() else values
-        wide = torch.float32 if values.dtype is torch.float16 else None
-        sums.append(values.detach().sum(dtype=wide).to(torch.float64))
-    return not sums or bool(torch.stack(sums).isfinite().all())
+    # A number less itself is 0, and NaN if it was infinite or NaN, which counts as true.
+    differences = [total - total for total in map(_sum, tensors)]
+    if all(difference.device.type == "cpu" for difference in differences):
+        return not any(map(bool, differences))
+    return not bool(torch.stack([d.to(torch.float64) for d in differences]).any())
+
+
+def _sum(tensor: Tensor) -> Tensor:
+    values = tensor.detach()
+    values = values.coalesce().values() if values.is_sparse else values
+    values = torch.view_as_real(values) if values.is_complex() else values
+    return values.sum(dtype=torch.float32 if values.dtype is torch.float16 else None)

@@ -259,8 +259,8 @@ class Stage:
                 optimizer.step()
         else:
             self.skipped += 1
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
+        for weight in self.owned.values():
+            weight.grad = None
         for scheduler in self.schedulers:
             scheduler.step()
         self.version += 1
