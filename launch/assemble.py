@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from headrace.pipeline import Pipeline
+from headrace.pipeline import Link, Pipeline
 from headrace.pipeline.schedule import SCHEDULES
 from headrace.pipeline.settings import Settings
 
@@ -103,8 +103,16 @@ def updates(config: Config, loader: DataLoader[Any]) -> int | None:
     return math.ceil(config.epochs * per_epoch / options.update_every)
 
 
-def make_pipeline(config: Config, model: nn.Sequential, total_updates: int | None) -> Pipeline:
+def make_pipeline(
+    config: Config,
+    model: nn.Sequential,
+    total_updates: int | None,
+    emulated_link: Link | None = None,
+) -> Pipeline:
     """The pipeline, of `stages` stages or of torchrun's processes.
+
+    Args:
+        emulated_link: how slow every hop is to be, for measuring.
 
     Raises:
         ValueError, TypeError: something in it cannot be; `Pipeline` says what.
@@ -132,6 +140,7 @@ def make_pipeline(config: Config, model: nn.Sequential, total_updates: int | Non
         seed=config.seed,
         on_nonfinite=options.on_nonfinite,
         timeout=options.timeout,
+        emulated_link=emulated_link,
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["RunFiles"]
+__all__ = ["RunFiles", "new_folder"]
 
 
 class RunFiles:
@@ -24,7 +24,7 @@ class RunFiles:
     """
 
     def __init__(self, name: str, config: str, root: Path = Path("runs")) -> None:
-        self.folder = _new_folder(root, name)
+        self.folder = new_folder(root, name)
         (self.folder / "config.yaml").write_text(config, encoding="utf-8")
         self._metrics = (self.folder / "metrics.jsonl").open("a", encoding="utf-8")
         self._board = _tensorboard(self.folder)
@@ -60,7 +60,8 @@ class RunFiles:
             self._board.close()
 
 
-def _new_folder(root: Path, name: str) -> Path:
+def new_folder(root: Path, name: str) -> Path:
+    """Make root/NAME, or NAME-2, NAME-3 … if there are such folders."""
     number = 1
     while True:
         folder = root / (name if number == 1 else f"{name}-{number}")

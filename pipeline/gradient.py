@@ -24,14 +24,22 @@ class Gradient:
     finite: bool = True
 
     def add(self, means: dict[str, Tensor], samples: int, version: int, finite: bool) -> None:
-        """Add a micro-batch's mean gradient, by weight name; one that is not finite spoils all."""
+        """Add a micro-batch's mean gradient, by weight name; one that is not finite spoils all.
+
+        The tensors are changed in place from now on.
+        """
         self.finite = self.finite and finite
         if len(self.versions) == 1:
             self._scale(self.samples)
         if self.versions:
             for name, mean in means.items():
                 held = self.sums.get(name)
-                self.sums[name] = mean * samples if held is None else held + mean * samples
+                if held is None:
+                    self.sums[name] = mean.mul_(samples)
+                elif mean.is_sparse == held.is_sparse:
+                    held.add_(mean, alpha=samples)
+                else:
+                    self.sums[name] = held + mean * samples
         else:
             self.sums = means
         self.samples += samples
@@ -44,7 +52,8 @@ class Gradient:
         return self.sums
 
     def _scale(self, factor: float) -> None:
-        self.sums = {name: value * factor for name, value in self.sums.items()}
+        for value in self.sums.values():
+            value.mul_(factor)
 
 
 def all_finite(tensors: list[Tensor]) -> bool:

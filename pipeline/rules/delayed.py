@@ -27,7 +27,7 @@ Predictor = Callable[[Tensor, Tensor, int], Tensor]
 
 def extrapolate(weight: Tensor, before: Tensor, staleness: int) -> Tensor:
     """ŵ = w + τ (w_t - w_{t-1}): the last update, τ times over (SpecTrain, from weights)."""
-    return weight + staleness * (weight - before)
+    return torch.lerp(before, weight, 1.0 + staleness)
 
 
 class Current(Rule):

@@ -1,0 +1,1 @@
+"""What `headrace.launch.throughput` is made of: systems to compare, tables, pictures, advice."""

@@ -1,0 +1,102 @@
+"""Headrace's own schedules, built from the configuration as `launch.train` builds them."""
+
+import math
+from contextlib import ExitStack
+from dataclasses import replace
+
+from headrace.pipeline import Pipeline
+from headrace.pipeline.pipeline import TUNE_AT
+from headrace.pipeline.partition import Partition
+
+from ...assemble import expected_staleness, make_pipeline
+from ...components import Component
+from ...config import PipelineOptions
+from ..workload import Batch, Workload
+from .system import Facts, System
+
+__all__ = ["Flushing", "Recorded", "Stream"]
+
+
+class _Headrace(System):
+    """A pipeline with the cut that all systems get."""
+
+    def options(self, options: PipelineOptions, micro_batches: int) -> PipelineOptions:
+        """The configuration's, with what this row is about."""
+        raise NotImplementedError
+
+    def build(self, work: Workload, cut: Partition, micro_batches: int) -> None:
+        options = self.options(work.config.pipeline, micro_batches)
+        self._config = replace(
+            work.config, pipeline=replace(options, balance=[*cut.sizes]), scheduler=None
+        )
+        self._rank = work.rank
+        self.pipe: Pipeline = make_pipeline(self._config, work.model(), None, work.link)
+
+    def train(self, batches: list[Batch]) -> None:
+        self.pipe.train(batches)
+
+    def begin(self) -> None:
+        self.pipe.reset_shares()
+
+    def facts(self, seconds: float) -> Facts:
+        mine = self.pipe.statistics()[self._rank]
+        depths = self.pipe.depths
+        staleness = expected_staleness(self._config, depths)[self._rank]
+        return Facts(mine.busy, mine.waiting, staleness, depths[self._rank])
+
+    def close(self) -> None:
+        self.pipe.close()
+
+
+class Stream(_Headrace):
+    """The stream under one weight policy; it stays full between warm-up and measurement."""
+
+    def __init__(self, weights: str) -> None:
+        self.weights = weights
+
+    def options(self, options: PipelineOptions, micro_batches: int) -> PipelineOptions:
+        rule = Component("delayed", {"weights": self.weights})
+        return replace(options, schedule="stream", rule=rule)
+
+    def warm_up_steps(self) -> int:
+        options = self._config.pipeline
+        fill = 2 * self.pipe.depths[0] + 4
+        tune = TUNE_AT + 2 * self.pipe.stages if options.slack == "auto" else 0
+        return math.ceil((fill + tune) / options.micro_batches)
+
+
+class Recorded(Stream):
+    """The stream while a timeline is recorded: what recording costs."""
+
+    def begin(self) -> None:
+        super().begin()
+        self._recording = ExitStack()
+        self._recording.enter_context(self.pipe.record())
+
+    def facts(self, seconds: float) -> Facts:
+        self._recording.close()
+        return super().facts(seconds)
+
+
+class Flushing(_Headrace):
+    """GPipe or 1F1B: exact, with a bubble."""
+
+    cuts_mini_batches = True
+
+    def __init__(self, schedule: str) -> None:
+        self.schedule = schedule
+
+    def refuses(self, work: Workload, cut: Partition, micro_batches: int) -> str | None:
+        if micro_batches > work.samples:
+            return f"{micro_batches} micro-batches of {work.samples} samples"
+        return None
+
+    def options(self, options: PipelineOptions, micro_batches: int) -> PipelineOptions:
+        return replace(
+            options,
+            schedule=self.schedule,  # type: ignore[arg-type]
+            rule=None,
+            slack=0,
+            micro_batches=micro_batches,
+            update_every=1,
+        )
