@@ -20,7 +20,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from .components import Component, check, did_you_mean, find
 from .strict_yaml import dump, load, load_file
 
-__all__ = ["Config", "Data", "PipelineOptions", "parse", "to_yaml"]
+__all__ = ["Config", "Data", "PipelineOptions", "find_file", "parse", "to_yaml"]
 
 _OWN = Path(__file__).with_name("configs")
 
@@ -119,7 +119,7 @@ def parse(arguments: Sequence[str]) -> Config:
     file = next((value for key, value in overrides if key == "config"), None)
     tree: dict[str, Any] = {}
     if file is not None:
-        path = _find_file(file)
+        path = find_file(file)
         tree = load_file(path)
         if not isinstance(tree, dict):
             raise ValueError(f"{path}: a configuration is keys and values, not {tree!r}")
@@ -186,7 +186,7 @@ def _assign(tree: dict[str, Any], key: str, value: Any) -> None:
     node[last] = value
 
 
-def _find_file(name: str) -> Path:
+def find_file(name: str) -> Path:
     """The file, or the one of Headrace's own of that name (`--config digits`)."""
     own = {path.stem: path for path in sorted(_OWN.glob("*.yaml"))}
     path = Path(name)

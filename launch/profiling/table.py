@@ -12,8 +12,16 @@ from rich.table import Table
 
 from ..display import amount
 from .contest import Entry
+from .prediction import Curve
 
-__all__ = ["comparison_table", "rows_of", "stages_table", "write_csv", "write_json"]
+__all__ = [
+    "comparison_table",
+    "curves_table",
+    "rows_of",
+    "stages_table",
+    "write_csv",
+    "write_json",
+]
 
 
 def rows_of(entries: Sequence[Entry], predicted: Mapping[Any, float]) -> list[dict[str, Any]]:
@@ -68,7 +76,9 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], emulated: bool) -> 
 
 
 def _cell(value: Any) -> Any:
-    return ";".join("" if v is None else str(v) for v in value) if isinstance(value, list) else value
+    return (
+        ";".join("" if v is None else str(v) for v in value) if isinstance(value, list) else value
+    )
 
 
 # For people ----------------------------------------------------------------------------------
@@ -114,6 +124,14 @@ def stages_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
+def curves_table(curves: Sequence[Curve]) -> Table:
+    """A row a curve, a column for each x."""
+    table = _table("stages", *(f"{x:.0f}" for x in curves[0].x))
+    for curve in curves:
+        table.add_row(curve.name, *(f"{y:.3g}" if y < 100 else f"{y:.0f}" for y in curve.y))
+    return table
+
+
 def _each(values: Sequence[Any], write: Any) -> str:
     """Every stage's value; of many the first three and the last two."""
     if all(value is None for value in values):
@@ -133,5 +151,3 @@ def _table(*headers: str) -> Table:
     for header in headers:
         table.add_column(header, justify="left" if header == headers[0] else "right", no_wrap=True)
     return table
-
-

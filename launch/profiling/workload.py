@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -124,8 +124,7 @@ class Workload:
 
         All ranks measure at once, so that they get in each other's way as they do in training.
         """
-        parts = split(self.batches[0], max(1, self.samples // samples))
-        inputs, target = parts[0]
+        inputs, target = cast(Batch, split(self.batches[0], max(1, self.samples // samples))[0])
         settings, seed = make_settings(self.config), self.config.seed
         self.barrier()
         costs = measure(self.model(), inputs, target, settings, self.device, seed)

@@ -48,7 +48,7 @@ def test_times_are_in_proportion_to_the_samples_where_told() -> None:
     layer(torch.randn(20, 8))
     end = time.perf_counter()
     assert 0.015 < middle - start < 0.1
-    assert 0.19 < end - middle
+    assert end - middle > 0.19
     with pytest.raises(ValueError, match="samples=0"):
         EmulatedLayer(1, 1, 1, samples=0)
     assert "samples=10" in repr(layer) and "samples" not in repr(EmulatedLayer(1, 1, 1))

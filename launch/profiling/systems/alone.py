@@ -19,7 +19,9 @@ __all__ = ["Ceiling", "Loop", "OneDevice"]
 class Loop:
     """Forward, backward, clip, step: as a torch user writes it."""
 
-    def __init__(self, work: Workload, model: nn.Module, loss: Callable[[Any, Any], Tensor]) -> None:
+    def __init__(
+        self, work: Workload, model: nn.Module, loss: Callable[[Any, Any], Tensor]
+    ) -> None:
         self.work, self.model, self.loss = work, model, loss
         self.optimizers = work.optimizers(model)
 

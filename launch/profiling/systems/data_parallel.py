@@ -1,6 +1,7 @@
 """DistributedDataParallel: every rank has the whole network, and a part of each mini-batch."""
 
 import warnings
+from typing import cast
 
 from torch.nn.parallel import DistributedDataParallel
 
@@ -32,7 +33,8 @@ class DataParallel(System):
 
     def train(self, batches: list[Batch]) -> None:
         for batch in batches:
-            self._loop.step(split(batch, self._work.ranks)[self._work.rank])
+            mine = split(batch, self._work.ranks)[self._work.rank]
+            self._loop.step(cast(Batch, mine))
 
     def facts(self, seconds: float) -> Facts:
         return Facts(staleness=0.0)

@@ -5,8 +5,8 @@ from contextlib import ExitStack
 from dataclasses import replace
 
 from headrace.pipeline import Pipeline
-from headrace.pipeline.pipeline import TUNE_AT
 from headrace.pipeline.partition import Partition
+from headrace.pipeline.pipeline import TUNE_AT
 
 from ...assemble import expected_staleness, make_pipeline
 from ...components import Component

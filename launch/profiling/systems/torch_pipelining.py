@@ -137,4 +137,3 @@ class ZeroBubble(Interleaved):
 
 def _finer(coarse: Partition, stages: int) -> tuple[int, ...]:
     return cut([layer.total for layer in coarse.layers], stages)
-

@@ -1,0 +1,231 @@
+"""Pictures for people, as PNG and SVG: timelines, speed-up over stages, speed over bandwidth."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from headrace.pipeline import Timeline
+from headrace.pipeline.timeline import WORKING, Work
+
+from ..data.checks import import_extra
+from .prediction import Curve
+
+__all__ = ["draw_bandwidth", "draw_speed_up", "draw_timelines"]
+
+COLOURS = {
+    Work.FORWARD: "#3B8BC2",
+    Work.BACKWARD: "#E8A33D",
+    Work.UPDATE: "#2A9D78",
+    Work.WAIT: "#ECECEC",
+    Work.DATA: "#C77CAB",
+}
+"""Told apart by people who do not see all colours, and in print."""
+
+NAMES = {
+    Work.FORWARD: "forward",
+    Work.BACKWARD: "backward",
+    Work.UPDATE: "update",
+    Work.WAIT: "waiting for a neighbour",
+    Work.DATA: "waiting for data",
+}
+
+LINES = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#555555"]
+
+
+def draw_timelines(timelines: Mapping[str, Timeline], stem: Path, subtitle: str = "") -> list[Path]:
+    """A panel a timeline on one time scale, a row a stage; gives the files written.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    plt = _pyplot()
+    rows = sum(len(t.stages) + 1.6 for t in timelines.values())
+    fig, axes = plt.subplots(
+        len(timelines),
+        figsize=(11, 1.5 + 0.42 * rows),
+        squeeze=False,
+        gridspec_kw={"height_ratios": [len(t.stages) + 0.6 for t in timelines.values()]},
+        layout="constrained",
+    )
+    end = max(t.seconds for t in timelines.values())
+    for ax, (name, timeline) in zip(axes[:, 0], timelines.items(), strict=True):
+        _panel(ax, name, timeline, end)
+    axes[-1, 0].set_xlabel("milliseconds")
+    used = {s.work for t in timelines.values() for spans in t.stages for s in spans}
+    handles = [
+        plt.Rectangle((0, 0), 1, 1, facecolor=colour, edgecolor="#999999", linewidth=0.5)
+        for work, colour in COLOURS.items()
+        if work in used
+    ]
+    labels = [NAMES[work] for work in COLOURS if work in used]
+    if used & {Work.SEND_DOWN, Work.SEND_UP}:
+        handles.append(plt.Line2D([], [], color="#444444", linewidth=1.5))
+        labels.append("sending")
+    fig.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    shares = ", ".join(f"{name} {_busy(t):.0%}" for name, t in timelines.items())
+    fig.suptitle(f"How much of the time the stages work: {shares}", fontsize=13)
+    if subtitle:
+        axes[0, 0].annotate(
+            subtitle, (0, 1), (0, 24), xycoords="axes fraction", textcoords="offset points",
+            fontsize=9, color="#555555",
+        )  # fmt: skip
+    return _save(fig, stem)
+
+
+def _busy(timeline: Timeline) -> float:
+    shares = [timeline.share(j, *WORKING) for j in range(len(timeline.stages))]
+    return sum(shares) / len(shares)
+
+
+def _panel(ax: Any, name: str, timeline: Timeline, end: float) -> None:
+    for j, spans in enumerate(timeline.stages):
+        for work, colour in COLOURS.items():
+            bars = [(1e3 * s.start, 1e3 * s.seconds) for s in spans if s.work is work]
+            edge = "white" if work in WORKING else "none"
+            ax.broken_barh(bars, (j - 0.36, 0.72), facecolors=colour, edgecolor=edge, linewidth=0.4)
+        for work, offset in ((Work.SEND_DOWN, 0.44), (Work.SEND_UP, -0.44)):
+            for s in spans:
+                if s.work is work:
+                    ax.plot(
+                        [1e3 * s.start, 1e3 * s.end], [j + offset] * 2, color="#444444",
+                        linewidth=1.3, solid_capstyle="butt",
+                    )  # fmt: skip
+        _number(ax, j, timeline, end)
+        share = timeline.share(j, *WORKING)
+        ax.text(1e3 * end * 1.008, j, f"{share:.0%} at work", va="center", fontsize=9)
+    ax.set_xlim(0, 1e3 * end)
+    ax.set_ylim(len(timeline.stages) - 0.4, -0.6)
+    ax.set_yticks(range(len(timeline.stages)), [f"stage {j}" for j in range(len(timeline.stages))])
+    ax.tick_params(axis="y", length=0)
+    ax.spines[["top", "right", "left"]].set_visible(False)
+    ax.set_title(name, loc="left", fontsize=11, fontweight="bold")
+
+
+def _number(ax: Any, stage: int, timeline: Timeline, end: float) -> None:
+    """The micro-batches' numbers, counted from the first in the window, where they fit."""
+    working = (Work.FORWARD, Work.BACKWARD)
+    seen = [s.index for spans in timeline.stages for s in spans if s.work in working]
+    first = min(seen, default=0)
+    for s in timeline.stages[stage]:
+        text = str(s.index - first)
+        if s.work in working and s.seconds > end * 0.011 * len(text):
+            middle = 1e3 * (s.start + s.end) / 2
+            ax.text(middle, stage, text, ha="center", va="center", fontsize=8, color="#1A1A1A")
+
+
+def draw_speed_up(
+    curves: Sequence[Curve],
+    measured: Mapping[str, tuple[float, float]],
+    stem: Path,
+    subtitle: str = "",
+) -> list[Path]:
+    """Speed-up over one device against the number of stages, both on logarithmic axes.
+
+    Args:
+        measured: dots: a name to (stages, speed-up).
+    """
+    plt = _pyplot()
+    fig, ax = plt.subplots(figsize=(8.5, 6), layout="constrained")
+    x = curves[0].x
+    ax.plot(x, x, color="#BBBBBB", linestyle="--", linewidth=1)
+    ax.annotate("ideal", (x[-1], x[-1]), (6, 0), textcoords="offset points", color="#888888",
+                va="center")  # fmt: skip
+    for curve, colour in zip(curves, LINES, strict=False):
+        ax.plot(curve.x, curve.y, color=colour, marker=".", linewidth=2)
+    _label_ends(ax, curves)
+    for name, (stages, speed_up) in measured.items():
+        ax.plot([stages], [speed_up], "o", mfc="white", mec="black", markersize=7, zorder=5)
+        ax.annotate(f"{name}, measured", (stages, speed_up), (9, -9), textcoords="offset points",
+                    fontsize=8)  # fmt: skip
+    ax.set_xscale("log", base=2)
+    ax.set_yscale("log", base=2)
+    ax.set_xticks(x, [f"{n:.0f}" for n in x])
+    top = math.ceil(math.log2(max(x)))
+    ax.set_yticks([2**k for k in range(top + 1)], [str(2**k) for k in range(top + 1)])
+    ax.set_ylim(0.8, max(x) * 1.5)
+    ax.set_xlabel("stages; the network grows with them, the mini-batch does not")
+    ax.set_ylabel("predicted speed-up over one device")
+    _finish(ax, "Speed-up over one device", subtitle)
+    return _save(fig, stem)
+
+
+BANDWIDTH_TICKS = {
+    12.5e6: "100 Mbit/s",
+    125e6: "1 Gbit/s",
+    1.25e9: "10 Gbit/s",
+    12.5e9: "100 Gbit/s",
+    32e9: "PCIe 4\nx16",
+    450e9: "NVLink",
+}
+
+
+def draw_bandwidth(
+    curves: Sequence[Curve],
+    winners: Sequence[tuple[str, float, float]],
+    stem: Path,
+    subtitle: str = "",
+) -> list[Path]:
+    """Samples a second against the links' bandwidth; the background says which is the fastest."""
+    plt = _pyplot()
+    fig, ax = plt.subplots(figsize=(9.5, 6), layout="constrained")
+    colour = dict(zip([curve.name for curve in curves], LINES, strict=False))
+    for curve in curves:
+        ax.plot(curve.x, curve.y, color=colour[curve.name], linewidth=2)
+    ax.set_xscale("log")
+    ax.set_ylim(0, max(max(curve.y) for curve in curves) * 1.15)
+    for name, a, b in winners:
+        ax.axvspan(a, b, color=colour[name], alpha=0.07, linewidth=0)
+        if math.log(b / a) > 0.08 * math.log(curves[0].x[-1] / curves[0].x[0]):
+            ax.text(math.sqrt(a * b), 0.975, f"{name}\nis the fastest", ha="center", va="top",
+                    fontsize=9, color=colour[name], transform=ax.get_xaxis_transform())  # fmt: skip
+    _label_ends(ax, curves)
+    ax.set_xlim(curves[0].x[0], curves[0].x[-1])
+    ax.set_xticks([*BANDWIDTH_TICKS], [*BANDWIDTH_TICKS.values()], fontsize=8)
+    ax.minorticks_off()
+    ax.set_xlabel("bandwidth of each link")
+    ax.set_ylabel("predicted samples/s")
+    _finish(ax, "What the links allow", subtitle)
+    return _save(fig, stem)
+
+
+def _label_ends(ax: Any, curves: Sequence[Curve]) -> None:
+    """Names at the lines' right ends, kept apart."""
+    top = max(max(curve.y) for curve in curves)
+    taken: list[float] = []
+    log = ax.get_yscale() == "log" or top / max(1e-9, min(c.y[-1] for c in curves)) > 50
+    for curve, colour in sorted(zip(curves, LINES, strict=False), key=lambda p: -p[0].y[-1]):
+        place = (
+            math.log2(max(curve.y[-1], 1e-9)) / math.log2(max(top, 2)) if log else curve.y[-1] / top
+        )
+        shift = min([0.0, *(t - 0.045 - place for t in taken if t - place < 0.045)])
+        taken.append(place + shift)
+        ax.annotate(curve.name, (curve.x[-1], curve.y[-1]), (8, 330 * shift), color=colour,
+                    textcoords="offset points", va="center", annotation_clip=False)  # fmt: skip
+
+
+def _finish(ax: Any, title: str, subtitle: str) -> None:
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(True, color="#EEEEEE", linewidth=0.8)
+    ax.set_axisbelow(True)
+    ax.set_title(f"{title}\n", loc="left", fontsize=13)
+    ax.text(0, 1.02, subtitle, transform=ax.transAxes, fontsize=9, color="#555555")
+
+
+def _pyplot() -> Any:
+    matplotlib = import_extra("matplotlib", extra="profile", user="drawing")
+    matplotlib.use("Agg")
+    matplotlib.rcParams.update(
+        {"svg.fonttype": "none", "svg.hashsalt": "headrace", "font.size": 10}
+    )
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _save(fig: Any, stem: Path) -> list[Path]:
+    paths = [stem.with_suffix(".png"), stem.with_suffix(".svg")]
+    fig.savefig(paths[0], dpi=150)
+    fig.savefig(paths[1], metadata={"Date": None})
+    _pyplot().close(fig)
+    return paths
