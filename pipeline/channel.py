@@ -4,7 +4,7 @@ Which kind connects two stages is for `transport` to choose; the engine knows th
 """
 
 from collections import deque
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
@@ -91,7 +91,7 @@ class LocalChannel(Inbox, Outbox):
 
     def send(self, message: Message) -> None:
         """Copy the tensors, contiguous and detached, and pass them on."""
-        self._messages.append(replace(message, body=map_tensors(_copy, message.body)))
+        self._messages.append(message.carrying(map_tensors(_copy, message.body)))
 
     def poll(self) -> Message | None:
         """Give the next message, if any."""

@@ -202,7 +202,7 @@ class Engine:
         output, target = self.recorder.run(Work.FORWARD, message.index, self._run_stage, message)
         self._hop_bytes = total_bytes(output)
         if not self.stage.is_last:
-            self._send_down(replace(message, body=(output, target)))
+            self._send_down(message.carrying((output, target)))
 
     def _run_stage(self, message: Message) -> tuple[Nest, Nest]:
         x, target = self._input(message)
@@ -241,8 +241,7 @@ class Engine:
         working = self.recorder.working
         row = Row(stage.latest_staleness, working, clock, stage.skipped).numbers()
         if stage.is_first:
-            rows = Row.read(row + numbers)
-            self.books.note(loss, flight.samples, rows, stage.version, stage.learning_rate)
+            self.books.note(loss, flight.samples, row + numbers, stage.version, stage.learning_rate)
         else:
             body: Nest = (loss.detach(), [*returned])
             self._send_up(Message(Kind.RESULT, index, numbers=row + numbers, body=body))
@@ -344,7 +343,7 @@ class Engine:
             output = self.stage.infer(x)
             if self.stage.is_last:
                 return replace(message, kind=Kind.RESULT, body=finish(output, target))
-        self._send_down(replace(message, body=(output, target)))
+        self._send_down(message.carrying((output, target)))
         return None
 
     # Other calls -------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from .layers import named_layers
 from .nest import Nest, is_differentiable, leaves, map_tensors
@@ -31,7 +30,7 @@ def explain(stage: Stage, flight: Flight, gradients: Sequence[Tensor | None]) ->
     with torch.no_grad(), stage.autocasting():
         for name, layer in named_layers(stage.layers):
             inputs.append(map_tensors(torch.detach, x))
-            x = _call(stage, flight, name, layer, map_tensors(torch.clone, x))
+            x = _call(stage, flight, layer, map_tensors(torch.clone, x))
             if not _finite(x):
                 return f"the output of {_title(name, layer)} is not finite, its input is"
     if stage.is_last and not _finite(stage.take_loss(x, flight.target)):
@@ -50,12 +49,12 @@ def _explain_backward(
         x = map_tensors(lambda t: t.requires_grad_(is_differentiable(t)), x)
         handed = map_tensors(torch.clone, x)
         with stage.autocasting():
-            output = _call(stage, flight, name, layer, handed)
+            output = _call(stage, flight, layer, handed)
             last = stage.is_last and layer is layers[-1][1]
             tops = [stage.take_loss(output, flight.target)] if last else leaves(output)
         tops_and = zip(tops, [None] if last else upstream, strict=False)
         pairs = [(t, g) for t, g in tops_and if t.requires_grad and (last or g is not None)]
-        weights = [w for w in _weights(stage, flight, name).values() if w.requires_grad]
+        weights = [w for w in _weights(stage, flight, name) if w.requires_grad]
         targets = [t for t in leaves(x) if t.requires_grad]
         if not pairs or not (weights or targets):
             break
@@ -69,18 +68,14 @@ def _explain_backward(
     return "a gradient is not finite (no layer alone shows it when run again)"
 
 
-def _weights(stage: Stage, flight: Flight, name: str) -> dict[str, Tensor]:
+def _weights(stage: Stage, flight: Flight, name: str) -> list[Tensor]:
     source = flight.weights.leaves if flight.weights else stage.trainable
-    return {
-        place.removeprefix(f"{name}."): source[first]
-        for place, first in stage.places.items()
-        if place.startswith(f"{name}.") and first in source
-    }
+    return [source[each] for each in stage.places.names(name) if each in source]
 
 
-def _call(stage: Stage, flight: Flight, name: str, layer: nn.Module, x: Nest) -> Nest:
-    weights = _weights(stage, flight, name)
-    result: Nest = functional_call(layer, weights, (x,), tie_weights=False)
+def _call(stage: Stage, flight: Flight, layer: nn.Module, x: Nest) -> Nest:
+    with stage.places.holding(flight.weights.leaves if flight.weights else {}):
+        result: Nest = layer(x)
     return result
 
 

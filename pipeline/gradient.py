@@ -10,16 +10,19 @@ __all__ = ["Gradient", "all_finite"]
 
 @dataclass
 class Gradient:
-    """A sum over micro-batches of (mean gradient x samples), divided once when it is used.
+    """A sum over micro-batches of their means weighted by samples, divided once when it is used.
 
+    The first weighs 1, and so does any other of as many samples: adding it is one pass over memory.
     A single micro-batch's mean is kept, and given back, bit for bit.
 
     Args:
+        first: samples of the first micro-batch.
         versions: the weight version of each micro-batch's forward.
     """
 
     sums: dict[str, Tensor] = field(default_factory=dict)
     samples: int = 0
+    first: int = 0
     versions: list[int] = field(default_factory=list)
     finite: bool = True
 
@@ -29,31 +32,25 @@ class Gradient:
         The tensors are changed in place from now on.
         """
         self.finite = self.finite and finite
-        if len(self.versions) == 1:
-            self._scale(self.samples)
-        if self.versions:
-            for name, mean in means.items():
-                held = self.sums.get(name)
-                if held is None:
-                    self.sums[name] = mean.mul_(samples)
-                elif mean.is_sparse == held.is_sparse:
-                    held.add_(mean, alpha=samples)
-                else:
-                    self.sums[name] = held + mean * samples
-        else:
-            self.sums = means
+        self.first = self.first or samples
+        weight = samples / self.first
+        for name, mean in means.items():
+            held = self.sums.get(name)
+            if held is None:
+                self.sums[name] = mean if weight == 1 else mean.mul_(weight)
+            elif mean.is_sparse == held.is_sparse:
+                held.add_(mean, alpha=weight)
+            else:
+                self.sums[name] = held + mean * weight
         self.samples += samples
         self.versions.append(version)
 
     def mean(self) -> dict[str, Tensor]:
         """The mean gradient over all samples added; call it once."""
         if len(self.versions) > 1:
-            self._scale(1 / self.samples)
+            for value in self.sums.values():
+                value.mul_(self.first / self.samples)
         return self.sums
-
-    def _scale(self, factor: float) -> None:
-        for value in self.sums.values():
-            value.mul_(factor)
 
 
 def all_finite(tensors: list[Tensor]) -> bool:

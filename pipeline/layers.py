@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .loss import call_loss, name_of
 
-__all__ = ["Layers", "holding", "layer_at_fault", "materialise", "named_layers", "places_of"]
+__all__ = ["Layers", "Places", "layer_at_fault", "materialise", "named_layers"]
 
 
 def named_layers(model: nn.Sequential) -> list[tuple[str, nn.Module]]:
@@ -38,37 +38,47 @@ class Layers(nn.Sequential):
             module.training = self._modes[name]
 
 
-def places_of(module: nn.Module) -> dict[str, str]:
-    """The name of every place that holds a weight or buffer, to the first name of its tensor.
+class Places:
+    """Every place of a module that holds a weight or buffer, by the first name of its tensor.
 
     A tied tensor has several places. A module that occurs twice has its places once: it is the
     reason not to leave ties to `functional_call`, which puts such a module's weights back wrongly.
     """
-    first: dict[int, str] = {}
-    places = {}
-    for path, part in module.named_modules():
-        held = {**part._parameters, **part._buffers}
-        for name, tensor in held.items():
-            if tensor is not None:
-                place = f"{path}.{name}" if path else name
-                places[place] = first.setdefault(id(tensor), place)
-    return places
 
+    def __init__(self, module: nn.Module) -> None:
+        first: dict[int, str] = {}
+        self._names: dict[str, str] = {}
+        self._holders: dict[str, list[tuple[dict[str, Any], str]]] = {}
+        for path, part in module.named_modules():
+            for held in (part._parameters, part._buffers):
+                for name, tensor in held.items():
+                    if tensor is not None:
+                        place = f"{path}.{name}" if path else name
+                        self._names[place] = known = first.setdefault(id(tensor), place)
+                        self._holders.setdefault(known, []).append((held, name))
 
-@contextmanager
-def holding(module: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """Run a block with other weights, by their places, in the places of a module's own."""
-    own = []
-    for place, weight in weights.items():
-        path, _, name = place.rpartition(".")
-        held: dict[str, Any] = module.get_submodule(path)._parameters
-        own.append((held, name, held[name]))
-        held[name] = weight
-    try:
-        yield
-    finally:
-        for held, name, weight in own:
-            held[name] = weight
+    def names(self, layer: str) -> list[str]:
+        """The names of the tensors in a layer's places."""
+        inside = [n for place, n in self._names.items() if place.startswith(f"{layer}.")]
+        return list(dict.fromkeys(inside))
+
+    def placed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors by name as tensors by place, for `functional_call`."""
+        return {place: tensors[name] for place, name in self._names.items() if name in tensors}
+
+    @contextmanager
+    def holding(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+        """Run a block with other tensors, by name, in the places of the module's own."""
+        own = []
+        for name, tensor in tensors.items():
+            for held, key in self._holders[name]:
+                own.append((held, key, held[key]))
+                held[key] = tensor
+        try:
+            yield
+        finally:
+            for held, key, tensor in own:
+                held[key] = tensor
 
 
 def layer_at_fault(error: BaseException) -> str | None:

@@ -1,21 +1,25 @@
 """What travels between two stages, and its frame: the bytes that say all but the large tensors.
 
-A frame is a row of int64 codes (kind, micro-batch, numbers, the body's structure, each tensor's
-dtype, shape and way), then the bytes of the small tensors. A large tensor follows the frame, or
-lies where the frame's note on it says. Nothing is pickled.
+A frame is a head (kind, micro-batch, numbers), notes on tensors that lie elsewhere, the body's
+layout (its structure, each tensor's dtype, shape and way), and the bytes of the small tensors, all
+but the last as int64s and doubles. A large tensor follows the frame, or lies where its note says.
+Nothing is pickled. From one micro-batch to the next the layout is the same: it is made and read
+once.
 """
 
 import ctypes
+import math
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import IntEnum
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .nest import Nest, flatten, unflatten
+from .nest import Nest, Structure, flatten, unflatten
 
 __all__ = [
     "Kind",
@@ -60,8 +64,12 @@ class Message:
     numbers: tuple[float, ...] = ()
     body: Nest = None
 
+    def carrying(self, body: Nest) -> "Message":
+        """The same with another body."""
+        return Message(self.kind, self.index, self.last, self.numbers, body)
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True)
 class TensorSpec:
     """What a receiver must know of a tensor before it comes."""
 
@@ -70,13 +78,10 @@ class TensorSpec:
     requires_grad: bool
     on_accelerator: bool
 
-    @property
+    @cached_property
     def bytes(self) -> int:
         """Its size."""
-        size = self.dtype.itemsize
-        for length in self.shape:
-            size *= length
-        return size
+        return self.dtype.itemsize * math.prod(self.shape)
 
 
 class Note(NamedTuple):
@@ -103,6 +108,25 @@ _DTYPES = (
     torch.int16, torch.int8, torch.uint8, torch.bool, torch.complex64, torch.complex128,
 )  # fmt: skip
 _CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
+_KINDS = tuple(Kind)
+
+
+class _Layout(NamedTuple):
+    """What a frame says of its body besides the numbers in it.
+
+    Args:
+        specs, ways: of each tensor.
+        codes: all of it, as the frame has it.
+    """
+
+    structure: Structure
+    specs: tuple[TensorSpec, ...]
+    ways: tuple[int, ...]
+    codes: bytes
+
+
+_HEAD = struct.Struct("7q")
+"""The frame's bytes, kind, index, last, and how many numbers, notes and codes it has."""
 
 
 def encode(
@@ -117,48 +141,62 @@ def encode(
         TypeError: a dtype or layout that cannot travel, or no nest of tensors (`nest.flatten`).
     """
     tensors, structure = flatten(message.body)
-    numbers = message.numbers
-    codes = [len(structure), *structure, len(tensors)]
+    kinds = tuple(
+        [(t.dtype, t.layout, t.shape, t.requires_grad, t.device.type != "cpu") for t in tensors]
+    )
+    layout = _lay_out(structure, kinds, place is not None)
+    notes: list[int] = []
     small: list[bytes] = []
     following: list[Tensor] = []
-    for tensor in tensors:
-        spec = _specify(tensor)
-        flags = spec.requires_grad + 2 * spec.on_accelerator
-        codes += [_CODES[spec.dtype], flags, len(spec.shape), *spec.shape]
-        size = spec.bytes
+    for tensor, way in zip(tensors, layout.ways, strict=True):
         tensor = tensor.detach().resolve_conj().resolve_neg()
-        if not size or (size <= SMALL and not spec.on_accelerator):
-            codes.append(_IN_FRAME)
-            small.append(_bytes(tensor, size))
+        if way == _IN_FRAME:
+            small.append(_bytes(tensor))
         elif place is None:
-            codes.append(_FOLLOWS)
             following.append(tensor)
         else:
-            codes += [_NOTED, *place(tensor)]
-    size = 8 * (5 + len(numbers) + len(codes)) + sum(map(len, small))
-    head = (size, message.kind, message.index, message.last, len(numbers))
-    frame = bytearray(struct.pack(f"5q{len(numbers)}d{len(codes)}q", *head, *numbers, *codes))
+            notes += place(tensor)
+    numbers, codes = message.numbers, layout.codes
+    size = _HEAD.size + 8 * (len(numbers) + len(notes)) + len(codes) + sum(map(len, small))
+    counts = (len(numbers), len(notes), len(codes) // 8)
+    frame = bytearray(_HEAD.pack(size, message.kind, message.index, message.last, *counts))
+    frame += struct.pack(f"{len(numbers)}d{len(notes)}q", *numbers, *notes)
+    frame += codes
     for data in small:
         frame += data
     return frame, following
 
 
-def _specify(tensor: Tensor) -> TensorSpec:
-    if tensor.dtype not in _CODES or tensor.layout is not torch.strided:
-        raise TypeError(
-            f"a {tensor.layout} tensor of {tensor.dtype} cannot travel between stages: give a "
-            f"dense tensor of one of {', '.join(str(d).removeprefix('torch.') for d in _DTYPES)}"
-        )
-    on_accelerator = tensor.device.type != "cpu"
-    return TensorSpec(tensor.dtype, tuple(tensor.shape), tensor.requires_grad, on_accelerator)
+@lru_cache(maxsize=256)
+def _lay_out(
+    structure: Structure,
+    kinds: tuple[tuple[torch.dtype, torch.layout, torch.Size, bool, bool], ...],
+    places: bool,
+) -> _Layout:
+    codes = [len(structure), *structure, len(kinds)]
+    specs, ways = [], []
+    for dtype, layout, shape, requires_grad, on_accelerator in kinds:
+        if dtype not in _CODES or layout is not torch.strided:
+            known = ", ".join(str(d).removeprefix("torch.") for d in _DTYPES)
+            raise TypeError(
+                f"a {layout} tensor of {dtype} cannot travel between stages: give a dense tensor "
+                f"of one of {known}"
+            )
+        spec = TensorSpec(dtype, tuple(shape), requires_grad, on_accelerator)
+        size = spec.bytes
+        fits = not size or (size <= SMALL and not on_accelerator)
+        ways.append(_IN_FRAME if fits else _NOTED if places else _FOLLOWS)
+        specs.append(spec)
+        flags = requires_grad + 2 * on_accelerator
+        codes += [_CODES[dtype], flags, ways[-1], len(shape), *shape]
+    return _Layout(structure, tuple(specs), tuple(ways), struct.pack(f"{len(codes)}q", *codes))
 
 
-def _bytes(tensor: Tensor, size: int) -> bytes:
+def _bytes(tensor: Tensor) -> bytes:
     """Its elements, filled up to whole int64s, so that what follows is aligned."""
-    if not size:
-        return b""
+    size = tensor.numel() * tensor.element_size()
     tensor = tensor.contiguous()  # a name: the memory must live until it has been read
-    return ctypes.string_at(tensor.data_ptr(), size) + bytes(-size % 8)
+    return ctypes.string_at(tensor.data_ptr(), size) + bytes(-size % 8) if size else b""
 
 
 def frame_bytes(header: bytearray) -> int:
@@ -166,35 +204,40 @@ def frame_bytes(header: bytearray) -> int:
     return int(struct.unpack_from("q", header)[0])
 
 
-def decode(frame: bytearray) -> tuple[Message, tuple[int, ...], list[Part]]:
+def decode(frame: bytearray) -> tuple[Message, Structure, list[Part]]:
     """Read a frame: the message without its body, the body's structure, and its tensors."""
-    _, kind, index, last, count = struct.unpack_from("5q", frame)
-    numbers = struct.unpack_from(f"{count}d", frame, 40)
-    codes = memoryview(frame)[40 + 8 * count : len(frame) // 8 * 8].cast("q")
-    end = 1 + codes[0]
-    structure = tuple(codes[1:end])
-    tensors, at = codes[end], end + 1
-    specs: list[TensorSpec] = []
-    notes: list[Note | None] = []
-    ways: list[int] = []
-    for _ in range(tensors):
-        dtype, flags, dims = codes[at : at + 3]
-        way = at + 3 + dims
-        shape = tuple(codes[at + 3 : way])
-        specs.append(TensorSpec(_DTYPES[dtype], shape, bool(flags & 1), bool(flags & 2)))
-        ways.append(codes[way])
-        noted = 4 * (codes[way] == _NOTED)
-        notes.append(Note(*codes[way + 1 : way + 5]) if noted else None)
-        at = way + 1 + noted
-    place = 40 + 8 * (count + at)
+    _, kind, index, last, numbers_, notes_, codes_ = _HEAD.unpack_from(frame)
+    values = struct.unpack_from(f"{numbers_}d{notes_}q", frame, _HEAD.size)
+    start = _HEAD.size + 8 * (numbers_ + notes_)
+    place = start + 8 * codes_
+    layout = _read_layout(bytes(frame[start:place]))
+    note = numbers_
     parts: list[Part] = []
-    for spec, way, note in zip(specs, ways, notes, strict=True):
+    for spec, way in zip(layout.specs, layout.ways, strict=True):
+        part: Tensor | Note | None = None
         if way == _IN_FRAME:
-            parts.append((spec, _read(frame, place, spec)))
+            part = _read(frame, place, spec)
             place += spec.bytes + -spec.bytes % 8
-        else:
-            parts.append((spec, note))
-    return Message(Kind(kind), index, bool(last), numbers), structure, parts
+        elif way == _NOTED:
+            part = Note(*values[note : note + 4])
+            note += 4
+        parts.append((spec, part))
+    message = Message(_KINDS[kind], index, bool(last), values[:numbers_])
+    return message, layout.structure, parts
+
+
+@lru_cache(maxsize=256)
+def _read_layout(codes: bytes) -> _Layout:
+    row = memoryview(codes).cast("q")
+    at = 2 + row[0]
+    specs, ways = [], []
+    for _ in range(row[at - 1]):
+        dtype, flags, way, dims = row[at : at + 4]
+        at += 4 + dims
+        shape = tuple(row[at - dims : at])
+        specs.append(TensorSpec(_DTYPES[dtype], shape, bool(flags & 1), bool(flags & 2)))
+        ways.append(way)
+    return _Layout(tuple(row[1 : 1 + row[0]]), tuple(specs), tuple(ways), codes)
 
 
 def _read(frame: bytearray, place: int, spec: TensorSpec) -> Tensor:
@@ -207,8 +250,10 @@ def _read(frame: bytearray, place: int, spec: TensorSpec) -> Tensor:
 
 
 def complete(
-    message: Message, structure: tuple[int, ...], parts: list[tuple[TensorSpec, Tensor]]
+    message: Message, structure: Structure, parts: list[tuple[TensorSpec, Tensor]]
 ) -> Message:
     """Put the tensors into a message that `decode` gave."""
-    tensors = [tensor.requires_grad_(spec.requires_grad) for spec, tensor in parts]
-    return replace(message, body=unflatten(tensors, structure))
+    for spec, tensor in parts:
+        if spec.requires_grad:
+            tensor.requires_grad_()
+    return message.carrying(unflatten([tensor for _, tensor in parts], structure))

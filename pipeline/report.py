@@ -140,7 +140,7 @@ class Books:
     """The first stage's account of losses; they stay on the device until the log interval."""
 
     def __init__(self, stages: int) -> None:
-        self.rows = [Row(0.0, 0.0, 0.0, 0.0)] * stages
+        self._numbers = Row(0.0, 0.0, 0.0, 0.0).numbers() * stages
         self.log: Callable[[Progress], None] | None = None
         self.log_every = 50
         self._fed = 0
@@ -152,18 +152,25 @@ class Books:
         self._version = 0
         self._rows = self.rows
 
+    @property
+    def rows(self) -> list[Row]:
+        """Every stage's figures, as the latest micro-batch brought them."""
+        return Row.read(self._numbers)
+
     def begin(self) -> None:
         """A call of `train` begins; what was drained in between counts for it."""
         self._start = self._last = time.perf_counter()
         self._rows = self.rows
 
-    def note(self, loss: Tensor, samples: int, rows: list[Row], version: int, rate: float) -> None:
-        """A micro-batch's loss (0-d, on the device) has come back."""
+    def note(
+        self, loss: Tensor, samples: int, numbers: tuple[float, ...], version: int, rate: float
+    ) -> None:
+        """A micro-batch's loss (0-d, on the device) has come back, with the rows' numbers."""
         self._losses.append(loss.detach())
         self._samples.append(samples)
-        self.rows = rows
+        self._numbers = numbers
         if not self._rows[0].clock:
-            self._rows = rows  # the first ever: shares are counted from here
+            self._rows = self.rows  # the first ever: shares are counted from here
         if len(self._losses) == self.log_every:
             self._log(version, rate)
 
@@ -175,12 +182,13 @@ class Books:
         loss, samples = self._read()
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
+        rows = self.rows
         shares = tuple(
             (new.busy_seconds - old.busy_seconds) / max(new.clock - old.clock, 1e-9)
-            for old, new in zip(self._rows, self.rows, strict=True)
+            for old, new in zip(self._rows, rows, strict=True)
         )
-        self._rows = self.rows
-        staleness = tuple(row.staleness for row in self.rows)
+        self._rows = rows
+        staleness = tuple(row.staleness for row in rows)
         if self.log:
             rate_of_samples = samples / seconds
             self.log(
@@ -207,7 +215,8 @@ class Books:
         self.log = None
         loss, counted, samples, micro_batches = self._sums
         self._sums = [0.0, 0, 0, 0]
-        before, self._skipped = self._skipped, sum(row.skipped for row in self.rows)
+        rows = self.rows
+        before, self._skipped = self._skipped, sum(row.skipped for row in rows)
         updates, self._version = version - self._version, version
         return Report(
             loss=loss / counted if counted else math.nan,
@@ -216,5 +225,5 @@ class Books:
             updates=updates,
             seconds=time.perf_counter() - self._start,
             skipped=int(self._skipped - before),
-            staleness=tuple(row.staleness for row in self.rows),
+            staleness=tuple(row.staleness for row in rows),
         )

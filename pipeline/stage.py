@@ -14,7 +14,7 @@ from torch.func import functional_call
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from .gradient import Gradient, all_finite
-from .layers import Layers, holding, places_of
+from .layers import Layers, Places
 from .loss import call_loss, check_loss
 from .nest import Nest, is_differentiable, leaves, map_tensors
 from .random_state import RandomState
@@ -23,6 +23,8 @@ from .settings import Settings, autocasting, compile_layers, make_optimizers, ma
 from .versions import Version
 
 __all__ = ["Flight", "Stage"]
+
+NONE: Mapping[str, Tensor] = {}
 
 
 @dataclass
@@ -73,7 +75,7 @@ class Stage:
         self.update_every = settings.update_every
         self.compiled, self.autocast = settings.compile is not None, settings.autocast is not None
         self.trainable = {n: p for n, p in layers.named_parameters() if p.requires_grad}
-        self.places = places_of(layers)
+        self.places = Places(layers)
         self.owned = {name: nn.Parameter(p.data) for name, p in self.trainable.items()}
         self.optimizers = make_optimizers(settings.optimizer, list(self.owned.items()))
         self.schedulers = make_schedulers(settings.scheduler, self.optimizers)
@@ -83,7 +85,9 @@ class Stage:
         self.staleness: Counter[int] = Counter()
         self.latest_staleness = 0.0
         self._pristine_rule, self._random = rule, random
-        self._call = compile_layers(self._plain_call, settings.compile)
+        self._call = self._call_layers
+        if settings.compile is not None:
+            self._call = compile_layers(self._call_functionally, settings.compile)
         self._copies_input: bool | None = None
         self._loss_is_checked = False
         self._memory = {_memory(t) for t in (*layers.parameters(), *layers.buffers())}
@@ -142,7 +146,7 @@ class Stage:
             tops = [(tensor, gradient) for tensor, gradient in both if gradient is not None]
         tops = [(tensor, gradient) for tensor, gradient in tops if tensor.requires_grad]
         # A checkpoint runs its layers again in here, and must find the weights of the forward.
-        with holding(self.layers, self._placed(weights)) if flight.weights else nullcontext():
+        with self.places.holding(weights) if flight.weights else nullcontext():
             if tops:
                 torch.autograd.backward([t for t, _ in tops], [g for _, g in tops])
         flight.output = None
@@ -174,37 +178,34 @@ class Stage:
 
     # Running the layers ------------------------------------------------------------------------
 
-    def _run_with_graph(self, flight: Flight, buffers: Mapping[str, Tensor] | None = None) -> None:
-        weights = flight.weights.leaves if flight.weights else None
-        flight.output = self._run(flight.x, weights, buffers)
+    def _run_with_graph(self, flight: Flight, buffers: Mapping[str, Tensor] = NONE) -> None:
+        flight.output = self._run(flight.x, flight.weights.leaves if flight.weights else buffers)
         if self.is_last:
             flight.loss = self.take_loss(flight.output, flight.target)
 
-    def _run(
-        self,
-        x: Nest,
-        weights: Mapping[str, Tensor] | None = None,
-        buffers: Mapping[str, Tensor] | None = None,
-    ) -> Nest:
+    def _run(self, x: Nest, tensors: Mapping[str, Tensor] = NONE) -> Nest:
+        """Run the layers, with other weights or buffers than their own by these names."""
         # A first layer that works in place must not meet autograd's leaf, nor change what replay
         # will need: the first run tells whether copies are needed.
         handed = x if self._copies_input is False else map_tensors(torch.clone, x)
         with self.autocasting():
-            output: Nest = self._call(handed, weights, buffers)
+            output: Nest = self._call(handed, tensors)
         if self._copies_input is None:
             self._copies_input = any(tensor._version for tensor in leaves(handed))
         return output
 
-    def _plain_call(
-        self, x: Nest, weights: Mapping[str, Tensor] | None, buffers: Mapping[str, Tensor] | None
-    ) -> Any:
-        if weights is None and buffers is None:
+    def _call_layers(self, x: Nest, tensors: Mapping[str, Tensor]) -> Any:
+        if not tensors:
             return self.layers(x)
-        placed = self._placed({**(weights or {}), **(buffers or {})})
-        return functional_call(self.layers, placed, (x,), tie_weights=False)
+        with self.places.holding(tensors):
+            return self.layers(x)
 
-    def _placed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {place: tensors[name] for place, name in self.places.items() if name in tensors}
+    def _call_functionally(self, x: Nest, tensors: Mapping[str, Tensor]) -> Any:
+        """The same, in the words that torch.compile understands."""
+        if not tensors:
+            return self.layers(x)
+        placed = self.places.placed(tensors)
+        return functional_call(self.layers, placed, (x,), tie_weights=False)
 
     def take_loss(self, output: Nest, target: Nest) -> Tensor:
         """The loss of an output, as a 0-d tensor; the first one is looked at (`check_loss`)."""

@@ -8,11 +8,10 @@ from torch import Tensor, nn
 
 from headrace.pipeline.layers import (
     Layers,
-    holding,
+    Places,
     layer_at_fault,
     materialise,
     named_layers,
-    places_of,
 )
 
 CPU = torch.device("cpu")
@@ -64,33 +63,45 @@ def tied() -> nn.Sequential:
 
 
 def test_places_of_tied_tensors_and_of_a_module_that_occurs_twice() -> None:
-    assert places_of(tied()) == {
-        "0.weight": "0.weight",
-        "0.bias": "0.bias",
-        "2.0.weight": "0.weight",
-        "2.0.bias": "2.0.bias",
-        "2.1.weight": "2.1.weight",
-        "2.1.bias": "2.1.bias",
-        "2.1.running_mean": "2.1.running_mean",
-        "2.1.running_var": "2.1.running_var",
-        "2.1.num_batches_tracked": "2.1.num_batches_tracked",
-        "3.weight": "3.weight",
-    }
-    assert set(places_of(tied()).values()) == {
-        name for name, _ in (*tied().named_parameters(), *tied().named_buffers())
-    }
-
-
-def test_holding_other_weights_for_a_while() -> None:
     model = tied()
+    names = {
+        name: torch.ones(()) for name, _ in (*model.named_parameters(), *model.named_buffers())
+    }
+    placed = Places(model).placed(names)
+    assert list(placed) == [
+        "0.weight",
+        "0.bias",
+        "2.0.weight",
+        "2.0.bias",
+        "2.1.weight",
+        "2.1.bias",
+        "2.1.running_mean",
+        "2.1.running_var",
+        "2.1.num_batches_tracked",
+        "3.weight",
+    ]
+    assert placed["2.0.weight"] is placed["0.weight"] is names["0.weight"]
+    assert placed["2.0.bias"] is names["2.0.bias"]
+    assert list(Places(model).placed({"3.weight": names["3.weight"]})) == ["3.weight"]
+    assert Places(model).names("2")[:3] == ["0.weight", "2.0.bias", "2.1.weight"]
+    assert Places(model).names("3") == ["3.weight"]
+
+
+def test_holding_other_tensors_for_a_while() -> None:
+    model = tied()
+    places = Places(model)
     own = dict(model.named_parameters(remove_duplicate=False))
-    other = torch.ones(2, 2)
-    with pytest.raises(KeyError), holding(model, {"0.weight": other, "2.0.weight": other}):
+    mean = model[2][1].running_mean  # type: ignore[index]
+    other, zeros = torch.ones(2, 2), torch.zeros(2)
+    held = {"0.weight": other, "2.1.running_mean": zeros}
+    with pytest.raises(KeyError), places.holding(held):
         assert model[0].weight is other and model[1].weight is other
         assert model[2][0].weight is other  # type: ignore[index]
+        assert model[2][1].running_mean is zeros  # type: ignore[index]
         raise KeyError
     after = dict(model.named_parameters(remove_duplicate=False))
     assert after.keys() == own.keys() and all(after[name] is own[name] for name in own)
+    assert model[2][1].running_mean is mean  # type: ignore[index]
 
 
 def on_meta() -> nn.Module:

@@ -13,6 +13,8 @@ from headrace.pipeline.report import Books, Row
 from .reads import count_reads
 
 ROWS = [Row(2.0, 0.5, 1.0, 1.0), Row(0.0, 0.25, 1.0, 0.0)]
+NUMBERS = ROWS[0].numbers() + ROWS[1].numbers()
+ONE = ROWS[0].numbers()
 
 
 @pytest.fixture
@@ -32,8 +34,7 @@ def test_a_report_rides_in_a_header_as_it_is() -> None:
 
 
 def test_rows_ride_one_behind_the_other() -> None:
-    numbers = tuple(n for row in ROWS for n in row.numbers())
-    assert Row.read(numbers) == ROWS
+    assert Row.read(NUMBERS) == ROWS
     assert Row.read(()) == []
 
 
@@ -42,7 +43,7 @@ def test_the_loss_is_a_mean_over_samples(clock: list[float]) -> None:
     books.begin()
     for loss, samples in ((1.0, 6), (3.0, 2)):
         books.fed()
-        books.note(torch.tensor(loss), samples, ROWS, 1, 0.1)
+        books.note(torch.tensor(loss), samples, NUMBERS, 1, 0.1)
     clock[0] += 4
     report = books.close(version=2)
     assert report == Report(1.5, 8, 2, 2, 4.0, 1, (2.0, 0.0))
@@ -50,9 +51,9 @@ def test_the_loss_is_a_mean_over_samples(clock: list[float]) -> None:
 
 def test_each_report_covers_what_came_since_the_last(clock: list[float]) -> None:
     books = Books(2)
-    books.note(torch.tensor(5.0), 1, ROWS, 1, 0.1)  # of a drain before `train`
+    books.note(torch.tensor(5.0), 1, NUMBERS, 1, 0.1)  # of a drain before `train`
     books.begin()
-    books.note(torch.tensor(1.0), 1, ROWS, 2, 0.1)
+    books.note(torch.tensor(1.0), 1, NUMBERS, 2, 0.1)
     assert books.close(2).loss == 3.0
     books.begin()
     empty = books.close(2)
@@ -60,7 +61,7 @@ def test_each_report_covers_what_came_since_the_last(clock: list[float]) -> None
         math.isnan(empty.loss) and (empty.samples, empty.micro_batches, empty.updates) == (0,) * 3
     )
     books.begin()
-    books.note(torch.tensor(7.0), 4, ROWS, 3, 0.1)
+    books.note(torch.tensor(7.0), 4, NUMBERS, 3, 0.1)
     last = books.close(5)
     assert (last.loss, last.samples, last.micro_batches, last.updates) == (7.0, 4, 1, 3)
 
@@ -70,14 +71,14 @@ def test_losses_are_added_exactly() -> None:
     books = Books(1)
     losses = [1e8, *[0.1] * 1000]
     for loss in losses:
-        books.note(torch.tensor(loss, dtype=torch.float64), 1, ROWS[:1], 0, 0.1)
+        books.note(torch.tensor(loss, dtype=torch.float64), 1, ONE, 0, 0.1)
     assert books.close(0).loss == math.fsum(losses) / len(losses)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_any_floating_loss(dtype: torch.dtype) -> None:
     books = Books(1)
-    books.note(torch.tensor(0.75, dtype=dtype), 2, ROWS[:1], 0, 0.1)
+    books.note(torch.tensor(0.75, dtype=dtype), 2, ONE, 0, 0.1)
     assert books.close(0).loss == 0.75
 
 
@@ -89,7 +90,8 @@ def test_logs_come_at_their_interval_with_what_is_known_then(clock: list[float])
         clock[0] += 1
         books.fed()
         rows = [Row(2.0, 0.6 * (k + 1), clock[0], 0.0), Row(0.0, 0.5 * (k + 1), clock[0], 0.0)]
-        books.note(torch.tensor(float(k)), k + 1, rows, version=k, rate=0.1 * k)
+        numbers = rows[0].numbers() + rows[1].numbers()
+        books.note(torch.tensor(float(k)), k + 1, numbers, version=k, rate=0.1 * k)
     assert [log.micro_batch for log in logs] == [2, 4]
     assert [log.samples for log in logs] == [3, 10]
     assert [log.loss for log in logs] == [2 / 3, (2 * 3 + 3 * 4) / 7]
@@ -108,7 +110,7 @@ def test_the_host_reads_losses_at_the_log_interval_only() -> None:
     found = []
     for loss in losses:
         with count_reads() as reads:
-            books.note(loss, 1, ROWS[:1], 0, 0.1)
+            books.note(loss, 1, ONE, 0, 0.1)
         found.append(len(reads))
     assert found == [0, 0, 0, 1, 0, 0, 0, 1, 0, 0]
     with count_reads() as reads:
