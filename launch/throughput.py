@@ -7,35 +7,43 @@ times over; loading is not measured. Ratios within one run are what counts: mach
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 
 from headrace.pipeline import Link
 
-from .config import Config, parse
-from .profiling.report import Options, prepare, profile
+from .config import Config, find_file, parse
+from .profiling.options import Options
+from .profiling.profiler import prepare, profile
 from .profiling.systems import DEFAULT_ROWS, SYSTEMS
 from .ranks import processes, refuse
 
-__all__ = ["main"]
+__all__ = ["main", "parse_command"]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and profile; ends the process with 2 where that cannot be done."""
     try:
-        config, options = _parse(sys.argv[1:] if arguments is None else arguments)
+        config, options = parse_command(sys.argv[1:] if arguments is None else arguments)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         work, cut = prepare(config, options)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, ImportError) as error:
         refuse(str(error))
     profile(work, cut, options)
 
 
-def _parse(arguments: Sequence[str]) -> tuple[Config, Options]:
+def parse_command(arguments: Sequence[str]) -> tuple[Config, Options]:
+    """The configuration, and what else the command line says.
+
+    Raises:
+        ValueError: one of them cannot be.
+    """
     own, rest = _parser().parse_known_args(list(arguments))
     if processes() is None:
         raise ValueError(
@@ -43,7 +51,7 @@ def _parse(arguments: Sequence[str]) -> tuple[Config, Options]:
             "--nproc-per-node N -m headrace.launch.throughput --config FILE"
         )
     for name, value in (("rounds", own.rounds), ("steps", own.steps)):
-        if value < 1:
+        if value is not None and value < 1:
             raise ValueError(f"--{name} {value}: give a whole number of at least 1")
     if min(own.micro_batches) < 1:
         raise ValueError(f"--micro-batches {min(own.micro_batches)}: give whole numbers from 1 on")
@@ -51,6 +59,10 @@ def _parse(arguments: Sequence[str]) -> tuple[Config, Options]:
     if unknown:
         raise ValueError(f"--rows {unknown[0]}: there is no such row; write {', '.join(SYSTEMS)}")
     milliseconds = own.link_latency_ms
+    if milliseconds is not None and not 0 <= milliseconds < math.inf:
+        raise ValueError(f"--link-latency-ms {milliseconds}: give milliseconds, 0 or more")
+    if own.out is not None and own.out.exists() and not own.out.is_dir():
+        raise ValueError(f"--out {own.out}: there is a file of that name; give a folder")
     return parse(rest), Options(
         rows=own.rows,
         rounds=own.rounds,
@@ -59,10 +71,9 @@ def _parse(arguments: Sequence[str]) -> tuple[Config, Options]:
         out=own.out,
         link=None if milliseconds is None else Link(latency=milliseconds / 1000),
         predicts=own.predict,
-        fixes=own.fix,
+        fixes=_file_to_fix(rest, own.out) if own.fix else None,
         timeline=own.timeline,
         torch_profiler=own.torch_profiler,
-        config_file=_config_file(rest),
     )
 
 
@@ -77,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--rows", nargs="+", default=DEFAULT_ROWS, metavar="ROW", help=", ".join(SYSTEMS))
     add("--rounds", type=int, default=3, help="times that each row is measured (default 3)")
-    add("--steps", type=int, default=20, help="mini-batches of a measurement (default 20)")
+    add("--steps", type=int, help="mini-batches of a measurement (default: a second's, 20 or more)")
     add(
         "--micro-batches",
         type=int,
@@ -100,13 +111,20 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _config_file(arguments: Sequence[str]) -> str | None:
-    for k, argument in enumerate(arguments):
-        if argument == "--config" and k + 1 < len(arguments):
-            return arguments[k + 1]
-        if argument.startswith("--config="):
-            return argument.partition("=")[2]
-    return None
+def _file_to_fix(arguments: Sequence[str], out: Path | None) -> Path:
+    """The configuration's file, a copy of which can be written."""
+    given = [a.partition("=")[2] or b for a, b in pairwise([*arguments, ""]) if _is_config(a)]
+    if not given:
+        raise ValueError("--fix writes into a copy of the YAML file: give one with --config FILE")
+    source = find_file(given[-1])
+    target = (out or Path()) / f"{source.stem}-fixed.yaml"
+    if out is not None and target.exists():
+        raise ValueError(f"--fix: {target} exists: give another --out, or move it away")
+    return source
+
+
+def _is_config(argument: str) -> bool:
+    return argument == "--config" or argument.startswith("--config=")
 
 
 if __name__ == "__main__":

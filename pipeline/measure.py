@@ -2,6 +2,7 @@
 
 import copy
 import time
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -17,7 +18,7 @@ from .settings import Settings, autocasting, make_optimizers
 __all__ = ["measure"]
 
 ROUNDS = 7
-"""Runs of each layer; the quickest counts."""
+"""Runs of each layer."""
 
 
 def measure(
@@ -28,6 +29,7 @@ def measure(
     device: torch.device,
     seed: int = 0,
     rounds: int = ROUNDS,
+    choose: Callable[[Sequence[float]], float] = min,
 ) -> list[LayerCost]:
     """Time every layer on one micro-batch, one after the other; the loss belongs to the last.
 
@@ -38,6 +40,8 @@ def measure(
         x: (samples, …), the model's input.
         target: what the loss takes with its output; None leaves the loss out.
         seed: for layers on the meta device.
+        choose: one of a layer's times. The quickest is what it takes by itself, since what else the
+            machine did only ever adds; the median is what it takes among all that.
 
     Raises:
         InputError: a layer or the loss cannot take what comes to it.
@@ -56,7 +60,7 @@ def measure(
             x = probe.try_out()
             for _ in range(rounds):
                 probe.time()
-            costs.append(probe.cost())
+            costs.append(probe.cost(choose))
     return costs
 
 
@@ -137,9 +141,9 @@ class _Probe:
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
-    def cost(self) -> LayerCost:
-        """The quickest of the runs: what else the machine did only ever adds."""
-        forward, backward, update = (min(column) for column in zip(*self.times, strict=True))
+    def cost(self, choose: Callable[[Sequence[float]], float]) -> LayerCost:
+        """What the runs say of the layer."""
+        forward, backward, update = (choose(column) for column in zip(*self.times, strict=True))
         parameters = sum(p.numel() for p in self.layer.parameters())
         kind = type(self.layer).__name__
         return LayerCost(self.name, kind, parameters, self.bytes, forward, backward, update)

@@ -190,7 +190,9 @@ def _steady(ends: Sequence[float], longest: int, least: int) -> float:
     return (ends[-1] - ends[half]) / (len(ends) - 1 - half)
 
 
-def data_parallel_period(whole: StageWork, parameter_bytes: float, ranks: int, link: Link) -> float:
+def data_parallel_period(
+    whole: StageWork, parameter_bytes: float, ranks: int, link: Link, host: float = 0.0
+) -> float:
     """Seconds of a mini-batch of which each rank trains a part, as DistributedDataParallel does.
 
     Gradients leave in buckets while the backward goes on (Li et al., "PyTorch Distributed", VLDB
@@ -200,12 +202,14 @@ def data_parallel_period(whole: StageWork, parameter_bytes: float, ranks: int, l
     Args:
         whole: the whole network's work for one rank's part.
         link: between two neighbours of the ring.
+        host: seconds a byte of gradients that reducing takes from the processor which also runs the
+            layers; 0 where others do it.
     """
     buckets = max(1, math.ceil(parameter_bytes / BUCKET))
     size = parameter_bytes / buckets
     reduce = 2 * (ranks - 1) * (link.occupied(size) / ranks + link.latency)
     end = 0.0
     for k in range(1, buckets + 1):
-        ready = whole.forward + whole.backward * k / buckets
+        ready = whole.forward + whole.backward * k / buckets + host * size * k
         end = max(end, ready) + reduce
     return end + whole.update

@@ -147,6 +147,17 @@ class Timeline:
         spent = sum(span.seconds for span in self.stages[stage] if span.work in works)
         return spent / self.seconds if self.seconds else 0.0
 
+    def idle(self, stage: int) -> list[tuple[float, float]]:
+        """Starts and ends of the pieces of the window in which nothing is recorded of a stage: the
+        engine's own work between two spans, or another process had the processor.
+        """
+        gaps, covered = [], 0.0
+        for span in (*self.stages[stage], Span(Work.WAIT, -1, self.seconds, self.seconds)):
+            if span.start > covered:
+                gaps.append((covered, span.start))
+            covered = max(covered, span.end)
+        return gaps
+
 
 def chrome_trace(timelines: Mapping[str, Timeline]) -> dict[str, Any]:
     """Timelines as a Chrome trace, for Perfetto (ui.perfetto.dev) or chrome://tracing.
@@ -160,6 +171,7 @@ def chrome_trace(timelines: Mapping[str, Timeline]) -> dict[str, Any]:
         for stage, spans in enumerate(timeline.stages):
             events += _names(process, f"{name}: stage {stage}")
             events += [_event(process, span) for span in spans]
+            events += [_idle(process, *gap) for gap in timeline.idle(stage)]
             process += 1
     return {"traceEvents": events, "displayTimeUnit": "ms"}
 
@@ -181,13 +193,17 @@ def _names(process: int, title: str) -> Sequence[dict[str, Any]]:
 
 
 def _event(process: int, span: Span) -> dict[str, Any]:
-    name = span.work.name.lower().replace("_", " ")
-    return {
-        "name": name if span.index < 0 else f"{name} {span.index}",
-        "cat": name,
-        "ph": "X",
-        "pid": process,
-        "tid": _THREADS.get(span.work, 0),
-        "ts": span.start * 1e6,
-        "dur": span.seconds * 1e6,
-    }
+    kind = span.work.name.lower().replace("_", " ")
+    name = kind if span.index < 0 else f"{kind} {span.index}"
+    return _piece(process, _THREADS.get(span.work, 0), kind, name, span.start, span.end)
+
+
+def _idle(process: int, start: float, end: float) -> dict[str, Any]:
+    return _piece(process, 0, "idle", "idle", start, end)
+
+
+def _piece(
+    process: int, thread: int, kind: str, name: str, start: float, end: float
+) -> dict[str, Any]:
+    place = {"ph": "X", "pid": process, "tid": thread}
+    return {"name": name, "cat": kind, **place, "ts": start * 1e6, "dur": (end - start) * 1e6}

@@ -53,11 +53,12 @@ def hold(
     micro_batches: Iterable[int],
     rounds: int,
     watch: Callable[[Entry, int], None] = lambda entry, k: None,
+    between: Callable[[], None] = lambda: None,
 ) -> list[Entry]:
     """Measure all rows, `rounds` times over; the same entries on every rank.
 
     Args:
-        watch: called before each measurement.
+        watch: called before each measurement. between: called in each round.
     """
     entries = [
         Entry(row, m) for row in rows for m in (_counts(SYSTEMS[row](), work, micro_batches))
@@ -69,6 +70,7 @@ def hold(
             if entry.refused is None:
                 watch(entry, k)
                 _measure(work, cut, entry)
+        between()
     return entries
 
 

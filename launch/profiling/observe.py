@@ -1,23 +1,26 @@
 """Look at the configuration's stream, and at 1F1B beside it: timelines, links, shares of time."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 
 import torch
 
 from headrace.pipeline import Link, Pipeline, Timeline
 from headrace.pipeline.partition import Partition
+from headrace.pipeline.timeline import Work
 
 from ..assemble import make_loader
+from .costs import Passes, measure_passes
 from .systems.headrace import Flushing, Stream
-from .workload import Workload
+from .workload import Batch, Workload
 
 __all__ = ["Observation", "excerpt", "observe", "trace_kernels"]
 
 RECORDED = 12
-"""Mini-batches in a recording."""
+"""Mini-batches in a recording, at least; more if they take less than half a second."""
 
 SHOWN = 4
 """Mini-batches of the slower system in a picture."""
@@ -28,49 +31,72 @@ class Observation:
     """What was seen; the same on every rank.
 
     Args:
-        timelines: of the stream's steady state, and of 1F1B's.
+        timelines: of the stream's steady state, and of 1F1B's. batches: how many mini-batches each
+            of them has, the pieces at its ends counted as such.
         slack: of each hop. busy, bubble: each stage's. data: the first stage's, with the loader.
     """
 
     timelines: dict[str, Timeline]
+    batches: dict[str, float]
     links: list[Link]
     slack: list[int]
     busy: list[float]
     bubble: list[float]
     data: float
+    passes: Passes
 
 
 def observe(work: Workload, cut: Partition, weights: str, micro_batches: int) -> Observation:
     """Run both for some mini-batches.
 
     Args:
-        weights: the stream's policy. micro_batches: 1F1B's.
+        weights: the stream's policy. micro_batches: 1F1B's; 0 leaves it out.
     """
-    count = RECORDED
-    batches = (work.batches * (count // len(work.batches) + 1))[:count]
+    count = max(RECORDED, work.steps_of_a_second(cut) // 2)
+    batches = work.of_steps(count).batches
     stream = Stream(weights)
     stream.build(work, cut, 1)
-    stream.train((work.batches * (stream.warm_up_steps() // len(work.batches) + 1))[:-1])
+    stream.train(work.of_steps(stream.warm_up_steps()).batches)
     pipe = stream.pipe
     pipe.reset_shares()
-    with pipe.record() as recording:
-        pipe.train(batches)
-    timelines = {"stream": recording.timeline.steady()}
+    timelines = {"stream": _record(pipe, batches)}
     rows = pipe.statistics()
-    slack = [a - b - 1 for a, b in zip(pipe.depths, pipe.depths[1:], strict=False)]
+    slack = [a - b - 1 for a, b in pairwise(pipe.depths)]
     links = pipe.measure_links()
     data = _share_of_loading(work, pipe, count)
     stream.close()
-    if micro_batches >= 1:
+    parts = {"stream": work.config.pipeline.micro_batches}
+    if micro_batches:
+        name = f"1F1B, {micro_batches} micro-batches"
         flush = Flushing("1f1b")
         flush.build(work, cut, micro_batches)
         flush.train(batches[:3])
-        with flush.pipe.record() as recording:
-            flush.train(batches[: count // 2])
-        timelines[f"1F1B, {micro_batches} micro-batches"] = recording.timeline.steady()
+        timelines[name], parts[name] = _record(flush.pipe, batches[: count // 2]), micro_batches
         flush.close()
-    busy, bubble = [row.busy for row in rows], [row.waiting for row in rows]
-    return Observation(timelines, links, slack, busy, bubble, data)
+    return Observation(
+        timelines,
+        {name: _backwards(timeline) / parts[name] for name, timeline in timelines.items()},
+        links,
+        slack,
+        busy=[row.busy for row in rows],
+        bubble=[row.waiting for row in rows],
+        data=data,
+        passes=measure_passes(work, sum(p.nbytes for p in work.model().parameters())),
+    )
+
+
+def _record(pipe: Pipeline, batches: list[Batch]) -> Timeline:
+    with pipe.record() as recording:
+        pipe.train(batches)
+    return recording.timeline.steady()
+
+
+def _backwards(timeline: Timeline) -> float:
+    """Micro-batches in a timeline, by the first stage's backwards; those at its ends in part."""
+    spans = [span for span in timeline.stages[0] if span.work is Work.BACKWARD]
+    whole = spans[1:-1] or spans
+    mean = sum(span.seconds for span in whole) / max(1, len(whole))
+    return sum(span.seconds for span in spans) / mean if mean else math.nan
 
 
 def _share_of_loading(work: Workload, pipe: Pipeline, count: int) -> float:
@@ -78,19 +104,17 @@ def _share_of_loading(work: Workload, pipe: Pipeline, count: int) -> float:
     pipe.reset_shares()
     data = work.config.data
     loader = make_loader(work.config, "data.train", data.train) if work.rank == 0 else ()
-    pipe.train(list(islice(loader, 0)) if work.rank else islice(loader, count))
+    pipe.train(islice(loader, count))
     return pipe.statistics()[0].data
 
 
-def excerpt(timelines: dict[str, Timeline], batches: Sequence[int]) -> dict[str, Timeline]:
+def excerpt(timelines: Mapping[str, Timeline], batches: Mapping[str, float]) -> dict[str, Timeline]:
     """Cut all to one length, out of their middles: `SHOWN` mini-batches of the slowest.
 
     Args:
         batches: how many mini-batches each timeline has.
     """
-    seconds = SHOWN * max(
-        t.seconds / count for t, count in zip(timelines.values(), batches, strict=True)
-    )
+    seconds = SHOWN * max(t.seconds / batches[name] for name, t in timelines.items())
     seconds = min([seconds, *(t.seconds for t in timelines.values())])
     return {
         name: t.window((t.seconds - seconds) / 2, (t.seconds + seconds) / 2)

@@ -31,6 +31,8 @@ NAMES = {
 }
 
 LINES = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#555555"]
+STYLES = ["-", "-", (0, (4, 3)), (0, (1, 2)), "-"]
+"""Lines that lie on each other are both seen."""
 
 
 def draw_timelines(timelines: Mapping[str, Timeline], stem: Path, subtitle: str = "") -> list[Path]:
@@ -126,27 +128,29 @@ def draw_speed_up(
         measured: dots: a name to (stages, speed-up).
     """
     plt = _pyplot()
-    fig, ax = plt.subplots(figsize=(8.5, 6), layout="constrained")
+    fig, ax = plt.subplots(figsize=(9, 6), layout="constrained")
     x = curves[0].x
     ax.plot(x, x, color="#BBBBBB", linestyle="--", linewidth=1)
-    ax.annotate("ideal", (x[-1], x[-1]), (6, 0), textcoords="offset points", color="#888888",
-                va="center")  # fmt: skip
-    for curve, colour in zip(curves, LINES, strict=False):
-        ax.plot(curve.x, curve.y, color=colour, marker=".", linewidth=2)
-    _label_ends(ax, curves)
-    for name, (stages, speed_up) in measured.items():
+    middle = x[len(x) // 2]
+    ax.annotate("ideal", (middle, middle), (-6, 6), textcoords="offset points", color="#888888",
+                ha="right")  # fmt: skip
+    for curve, colour, style in zip(curves, LINES, STYLES, strict=False):
+        ax.plot(curve.x, curve.y, color=colour, linestyle=style, marker=".", linewidth=2)
+    dots = sorted(measured.items(), key=lambda dot: dot[1][1])
+    for stages, speed_up in measured.values():
         ax.plot([stages], [speed_up], "o", mfc="white", mec="black", markersize=7, zorder=5)
-        ax.annotate(f"{name}, measured", (stages, speed_up), (9, -9), textcoords="offset points",
-                    fontsize=8)  # fmt: skip
     ax.set_xscale("log", base=2)
     ax.set_yscale("log", base=2)
     ax.set_xticks(x, [f"{n:.0f}" for n in x])
     top = math.ceil(math.log2(max(x)))
     ax.set_yticks([2**k for k in range(top + 1)], [str(2**k) for k in range(top + 1)])
-    ax.set_ylim(0.8, max(x) * 1.5)
+    ax.set_ylim(0.6, max(x) * 1.5)
     ax.set_xlabel("stages; the network grows with them, the mini-batch does not")
     ax.set_ylabel("predicted speed-up over one device")
     _finish(ax, "Speed-up over one device", subtitle)
+    black = "#333333"
+    _label(ax, [(f"{n}, measured {y:.2f}", at, y, black, 8) for n, (at, y) in dots])
+    _label_ends(ax, curves)
     return _save(fig, stem)
 
 
@@ -179,29 +183,34 @@ def draw_bandwidth(
         if math.log(b / a) > 0.08 * math.log(curves[0].x[-1] / curves[0].x[0]):
             ax.text(math.sqrt(a * b), 0.975, f"{name}\nis the fastest", ha="center", va="top",
                     fontsize=9, color=colour[name], transform=ax.get_xaxis_transform())  # fmt: skip
-    _label_ends(ax, curves)
     ax.set_xlim(curves[0].x[0], curves[0].x[-1])
     ax.set_xticks([*BANDWIDTH_TICKS], [*BANDWIDTH_TICKS.values()], fontsize=8)
     ax.minorticks_off()
     ax.set_xlabel("bandwidth of each link")
     ax.set_ylabel("predicted samples/s")
     _finish(ax, "What the links allow", subtitle)
+    _label_ends(ax, curves)
     return _save(fig, stem)
 
 
 def _label_ends(ax: Any, curves: Sequence[Curve]) -> None:
-    """Names at the lines' right ends, kept apart."""
-    top = max(max(curve.y) for curve in curves)
-    taken: list[float] = []
-    log = ax.get_yscale() == "log" or top / max(1e-9, min(c.y[-1] for c in curves)) > 50
-    for curve, colour in sorted(zip(curves, LINES, strict=False), key=lambda p: -p[0].y[-1]):
-        place = (
-            math.log2(max(curve.y[-1], 1e-9)) / math.log2(max(top, 2)) if log else curve.y[-1] / top
-        )
-        shift = min([0.0, *(t - 0.045 - place for t in taken if t - place < 0.045)])
-        taken.append(place + shift)
-        ax.annotate(curve.name, (curve.x[-1], curve.y[-1]), (8, 330 * shift), color=colour,
-                    textcoords="offset points", va="center", annotation_clip=False)  # fmt: skip
+    """Names at the lines' right ends."""
+    ends = [(c.name, c.x[-1], c.y[-1], f, 10) for c, f in zip(curves, LINES, strict=False)]
+    _label(ax, ends)
+
+
+def _label(ax: Any, labels: Sequence[tuple[str, float, float, str, int]]) -> None:
+    """Words (text, x, y, colour, size) to the right of points, moved down if they would touch."""
+    ax.figure.draw_without_rendering()
+    lowest = math.inf
+    points = 72 / ax.figure.dpi
+    for text, x, y, colour, size in sorted(labels, key=lambda label: -label[2]):
+        height = points * ax.transData.transform((x, y))[1]
+        place = min(height, lowest - 1.3 * size)
+        lowest = place
+        ax.annotate(text, (x, y), (9, place - height), textcoords="offset points", color=colour,
+                    fontsize=size, va="center", annotation_clip=False,
+                    bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5})  # fmt: skip
 
 
 def _finish(ax: Any, title: str, subtitle: str) -> None:

@@ -5,21 +5,20 @@ Pure functions of measured costs; the simulation itself is `headrace.pipeline.th
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from headrace.pipeline import Link
-from headrace.pipeline.partition import LayerCost, Partition
 from headrace.pipeline.schedule import SCHEDULES
 from headrace.pipeline.slack import LARGEST, TOLERANCE
-from headrace.pipeline.throughput import StageWork, data_parallel_period, period
+from headrace.pipeline.throughput import StageWork, period
 
 from .contest import Entry
+from .costs import Costs
 
 __all__ = [
     "BANDWIDTHS",
     "STAGE_COUNTS",
-    "Costs",
     "Curve",
     "by_bandwidth",
     "by_stages",
@@ -33,6 +32,9 @@ STAGE_COUNTS = tuple(2**k for k in range(1, 11))
 BANDWIDTHS = tuple(12.5e6 * (450e9 / 12.5e6) ** (k / 24) for k in range(25))
 """Bytes a second, from 100 Mbit/s to NVLink's 450 GB/s."""
 
+COPIES = {"stream:current": 0, "stream:stash": 1, "stream:stash+auto": 1, "stream:predict": 2}
+"""Of the weights, that each micro-batch makes."""
+
 
 @dataclass(frozen=True)
 class Curve:
@@ -43,98 +45,6 @@ class Curve:
     y: tuple[float, ...]
 
 
-@dataclass(frozen=True)
-class Costs:
-    """What was measured, and how a mini-batch's cost follows from the samples: a + b · samples.
-
-    Args:
-        samples: of a mini-batch. cut: the layers at that size, and which stage has them.
-        few: of a small micro-batch. small: the layers at that size.
-        parameter_bytes: of all gradients.
-        links: one a hop.
-    """
-
-    samples: int
-    cut: Partition
-    few: int
-    small: tuple[LayerCost, ...]
-    parameter_bytes: float
-    links: tuple[Link, ...]
-
-    def stages(self, samples: float) -> list[StageWork]:
-        """Each stage's work for a micro-batch of so many samples."""
-        works: list[StageWork] = []
-        start = 0
-        for size in self.cut.sizes:
-            layers = [self._layer(k, samples) for k in range(start, start + size)]
-            start += size
-            last = start - 1
-            sent = self.cut.layers[last].activation_bytes * samples / self.samples
-            taken = self.cut.layers[start - size - 1].activation_bytes if works else 0
-            works.append(
-                StageWork(
-                    sum(w.forward for w in layers),
-                    sum(w.backward for w in layers),
-                    sum(w.update for w in layers),
-                    sent,
-                    taken * samples / self.samples,
-                )
-            )
-        return works
-
-    def _layer(self, k: int, samples: float) -> StageWork:
-        few, many = self.small[k], self.cut.layers[k]
-
-        def at(small: float, large: float) -> float:
-            if self.samples == self.few:
-                return large * samples / self.samples
-            slope = max(0.0, (large - small) / (self.samples - self.few))
-            return max(0.0, large - slope * (self.samples - samples))
-
-        return StageWork(
-            at(few.forward, many.forward), at(few.backward, many.backward), many.update
-        )
-
-    def whole(self, samples: float) -> StageWork:
-        """The whole network's work for so many samples."""
-        works = self.stages(samples)
-        return StageWork(
-            sum(w.forward for w in works),
-            sum(w.backward for w in works),
-            sum(w.update for w in works),
-        )
-
-    # Samples a second --------------------------------------------------------------------------
-
-    def one_device(self) -> float:
-        """The plain loop."""
-        return self.samples / self.whole(self.samples).total
-
-    def ceiling(self) -> float:
-        """n plain loops at once."""
-        return len(self.cut.sizes) * self.one_device()
-
-    def stream(self, slack: Sequence[int] | int, micro_batches: int, update_every: int) -> float:
-        """A stream."""
-        parts = min(micro_batches, self.samples)
-        works = self.stages(self.samples / parts)
-        stream = SCHEDULES["stream"]
-        return self.samples / period(stream, works, self.links, slack, parts, update_every)
-
-    def flushing(self, schedule: str, micro_batches: int) -> float:
-        """GPipe or 1F1B."""
-        works = self.stages(self.samples / micro_batches)
-        seconds = period(SCHEDULES[schedule], works, self.links, 0, micro_batches)
-        return self.samples / seconds
-
-    def data_parallel(self) -> float:
-        """DDP over as many ranks as there are stages, on the slowest of the links."""
-        ranks = len(self.cut.sizes)
-        whole = self.whole(self.samples / ranks)
-        slowest = max(self.links, key=lambda link: link.seconds(1e6), default=Link())
-        return self.samples / data_parallel_period(whole, self.parameter_bytes, ranks, slowest)
-
-
 def by_stages(costs: Costs, counts: Iterable[int] = STAGE_COUNTS) -> list[Curve]:
     """Speed-up over one device against the number of stages, of a network that grows with it.
 
@@ -143,26 +53,22 @@ def by_stages(costs: Costs, counts: Iterable[int] = STAGE_COUNTS) -> list[Curve]
     """
     counts = tuple(counts)
     works = costs.stages(costs.samples)
-    link = max(
-        costs.links, key=lambda each: each.seconds(works[0].activation_bytes), default=Link()
-    )
+    link = _slowest(costs.links, works[0].activation_bytes)
 
-    def repeat(samples: float, n: int) -> list[StageWork]:
-        each = costs.stages(samples)
+    def repeat(parts: int, n: int) -> list[StageWork]:
+        each = costs.stages_in_parts(parts, parts)
         return [each[j % len(each)] for j in range(n)]
 
     def stream(slack: int) -> Callable[[int], float]:
-        return lambda n: period(
-            SCHEDULES["stream"], repeat(costs.samples, n), [link] * (n - 1), slack
-        )
+        return lambda n: period(SCHEDULES["stream"], repeat(1, n), [link] * (n - 1), slack)
 
     def chosen(n: int) -> float:
-        return min(stream(s)(n) for s in _uniform_slacks(repeat(costs.samples, n), link))
+        return min(stream(s)(n) for s in _uniform_slacks(repeat(1, n), link))
 
     def flushing(name: str) -> Callable[[int], float]:
         def best(n: int) -> float:
             return min(
-                period(SCHEDULES[name], repeat(costs.samples / m, n), [link] * (n - 1), 0, m)
+                period(SCHEDULES[name], repeat(m, n), [link] * (n - 1), 0, m)
                 for m in _parts(costs.samples)
             )
 
@@ -173,12 +79,16 @@ def by_stages(costs: Costs, counts: Iterable[int] = STAGE_COUNTS) -> list[Curve]
         ways = {"stream, slack auto": chosen, **ways}
 
     def speed_up(n: int, seconds: float) -> float:
-        return sum(w.total for w in repeat(costs.samples, n)) / seconds
+        return sum(w.total for w in repeat(1, n)) / seconds
 
     return [
         Curve(name, tuple(map(float, counts)), tuple(speed_up(n, way(n)) for n in counts))
         for name, way in ways.items()
     ]
+
+
+def _slowest(links: Sequence[Link], size: float = 1e6) -> Link:
+    return max(links, key=lambda link: link.seconds(size), default=Link())
 
 
 def _parts(samples: int) -> list[int]:
@@ -211,14 +121,11 @@ def by_bandwidth(costs: Costs, bandwidths: Iterable[float] = BANDWIDTHS) -> list
     latency = max((link.latency for link in costs.links), default=0.0)
     for bandwidth in x:
         link = Link(latency, bandwidth)
-        there = Costs(
-            costs.samples, costs.cut, costs.few, costs.small, costs.parameter_bytes,
-            (link,) * len(costs.links),
-        )  # fmt: skip
+        there = replace(costs, links=(link,) * len(costs.links))
         slack = _uniform_slacks(there.stages(costs.samples), link)[0]
-        rows["stream, slack auto"].append(there.stream(slack, 1, 1))
+        rows["stream, slack auto"].append(there.stream(slack))
         rows["1F1B"].append(max(there.flushing("1f1b", m) for m in _parts(costs.samples)))
-        rows["DDP"].append(there.data_parallel())
+        rows["DDP"].append(there.data_parallel(link))
     return [Curve(name, x, tuple(y)) for name, y in rows.items()]
 
 
@@ -240,8 +147,14 @@ def winners(curves: Sequence[Curve]) -> list[tuple[str, float, float]]:
     return list(zip(names, borders, [*borders[1:], x[-1]], strict=True))
 
 
-def predict(costs: Costs, entries: Iterable[Entry]) -> dict[tuple[str, int | None], float]:
-    """Samples a second of the systems that the simulation knows, by (system, micro-batches)."""
+def predict(
+    costs: Costs, entries: Iterable[Entry], micro_batches: int, update_every: int
+) -> dict[tuple[str, int | None], float]:
+    """Samples a second of the systems that the simulation knows, by (system, micro-batches).
+
+    Args:
+        micro_batches, update_every: the stream's.
+    """
     rates: dict[tuple[str, int | None], float] = {}
     for entry in entries:
         if entry.refused is not None:
@@ -249,12 +162,14 @@ def predict(costs: Costs, entries: Iterable[Entry]) -> dict[tuple[str, int | Non
         name, parts = entry.system, entry.micro_batches
         if name == "ceiling":
             rates[name, parts] = costs.ceiling()
-        elif name in ("stream:stash", "stream:current", "stream:predict"):
+        elif name in COPIES:
             depths = [fact.depth or 0 for fact in entry.facts]
             slack = [a - b - 1 for a, b in pairwise(depths)]
-            rates[name, parts] = costs.stream(slack, 1, 1)
-        elif parts is not None and name.removeprefix("torch-") in ("gpipe", "1f1b"):
-            rates[name, parts] = costs.flushing(name.removeprefix("torch-"), parts)
+            rates[name, parts] = costs.stream(slack, micro_batches, update_every, COPIES[name])
+        elif parts is not None and name in ("gpipe", "1f1b"):
+            rates[name, parts] = costs.flushing(name, parts)
         elif name == "ddp":
-            rates[name, parts] = costs.data_parallel()
+            # What is measured as work has its links in it.
+            link = Link() if costs.passes.reducing else _slowest(costs.links)
+            rates[name, parts] = costs.data_parallel(link)
     return rates

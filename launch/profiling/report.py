@@ -1,4 +1,4 @@
-"""The whole profile: cut, contest, timelines, diagnosis, prediction; printed and written."""
+"""What a profile found: printed for people, and written as files."""
 
 import json
 import math
@@ -13,151 +13,94 @@ import torch
 from rich.console import Console
 from rich.padding import Padding
 
-from headrace.pipeline import Link
-from headrace.pipeline.partition import LayerCost, Partition
+from headrace.pipeline.partition import Partition
 from headrace.pipeline.schedule import SCHEDULES
 from headrace.pipeline.timeline import chrome_trace
 
 from ..assemble import expected_staleness
-from ..config import Config, find_file, to_yaml
-from ..display import console, partition_table, title
-from ..run_files import new_folder
-from .contest import Entry, best, hold
+from ..data.checks import import_extra
+from ..display import partition_table, title
+from .contest import Entry, best
+from .costs import Costs
 from .diagnosis import Diagnosis, Evidence, diagnose
 from .fix import write_fixed
-from .observe import RECORDED, Observation, excerpt, observe, trace_kernels
+from .observe import Observation, excerpt
+from .options import Options
 from .pictures import draw_bandwidth, draw_speed_up, draw_timelines
-from .prediction import Costs, by_bandwidth, by_stages, predict, winners
+from .prediction import by_bandwidth, by_stages, predict, winners
 from .table import (
     comparison_table,
     curves_table,
+    plain,
     rows_of,
     stages_table,
+    time_table,
     write_csv,
     write_json,
 )
 from .text import timelines_text
 from .workload import Workload
 
-__all__ = ["Options", "prepare", "profile"]
+__all__ = ["Results", "check_extras", "tell", "tell_plan", "weights_of"]
 
 
 @dataclass(frozen=True)
-class Options:
-    """What the command line asks for; `headrace.launch.throughput --help` says more."""
+class Results:
+    """All that was measured.
 
-    rows: Sequence[str]
-    rounds: int
-    steps: int
-    micro_batches: Sequence[int]
-    out: Path | None
-    link: Link | None
-    predicts: bool
-    fixes: bool
-    timeline: str
-    torch_profiler: bool
-    config_file: str | None
-
-
-def prepare(config: Config, options: Options) -> tuple[Workload, Partition]:
-    """Meet the other ranks, load the data, measure every layer, and cut.
-
-    Raises:
-        ValueError, TypeError: the configuration cannot be.
+    Args:
+        cut: its layers' costs are those of a micro-batch of the stream.
+        folder: where the files go.
+        costs: None if nothing is to be predicted.
     """
-    work = Workload.load(config, options.steps, options.link)
-    return work, work.cut(work.measure(work.samples))
+
+    work: Workload
+    cut: Partition
+    options: Options
+    folder: Path
+    entries: Sequence[Entry]
+    seen: Observation
+    costs: Costs | None
+
+    @property
+    def predicted(self) -> dict[tuple[str, int | None], float]:
+        """Samples a second, by (system, micro-batches)."""
+        if self.costs is None:
+            return {}
+        options = self.work.config.pipeline
+        return predict(self.costs, self.entries, options.micro_batches, options.update_every)
+
+    @property
+    def subtitle(self) -> str:
+        """What pictures are about."""
+        work = self.work
+        emulated = "EMULATED devices or links: " if work.is_emulated else ""
+        return (
+            f"{emulated}{work.config.name}, mini-batch {work.samples}, {work.ranks} ranks, "
+            f"{work.device.type}"
+        )
 
 
-def profile(work: Workload, cut: Partition, options: Options) -> None:
-    """Do all the rest, on every rank; the first one prints and writes."""
-    out, folder = console(), _folder(work, options)
-    if work.rank == 0:
-        _print_head(out, work, cut)
-
-    def watch(entry: Entry, k: int) -> None:
-        if work.rank == 0 and out.is_terminal:
-            out.print(f"round {k + 1} of {options.rounds}: {entry.system:30}", end="\r")
-
-    entries = hold(work, cut, options.rows, options.micro_batches, options.rounds, watch)
-    flushing = [m for m in options.micro_batches if m <= work.samples]
-    parts = _best_parts(entries) or (flushing[0] if flushing else 0)
-    weights = _weights(options.rows)
-    seen = observe(work, cut, weights, parts)
-    small = work.measure(max(1, work.samples // 16)) if options.predicts else None
-    if options.torch_profiler:
-        trace_kernels(work, cut, weights, folder / f"torch-profiler-rank{work.rank}.json")
-    if work.rank:
-        return
-    costs = None if small is None else _costs(work, cut, small, seen)
-    rows = rows_of(entries, {} if costs is None else predict(costs, entries))
-    chosen = rows_of(best(entries), {} if costs is None else predict(costs, entries))
-    diagnosis = diagnose(_evidence(work, cut, seen, entries, weights))
-    about = _about(work, cut, options) | {
-        "links": [{"latency": k.latency, "bandwidth": k.bandwidth} for k in seen.links],
-        "diagnosis": diagnosis.lines,
-        "fixes": diagnosis.fixes,
-    }
-    write_json(folder / "table.json", rows, about)
-    write_csv(folder / "table.csv", rows, work.is_emulated)
-    _print_tables(out, work, cut, chosen)
-    _print_diagnosis(out, diagnosis, options, folder)
-    if options.timeline != "none":
-        _show_timelines(out, work, seen, folder, options.timeline == "text", parts)
-    if costs is not None:
-        _show_prediction(out, work, costs, chosen, folder)
-    out.print(f"\nwritten to {folder}: {', '.join(sorted(p.name for p in folder.iterdir()))}")
-
-
-def _folder(work: Workload, options: Options) -> Path:
-    """Where the results go, the same on every rank."""
-    folder = options.out or Path()
-    if work.rank == 0:
-        if options.out is None:
-            folder = new_folder(Path("runs"), f"{work.config.name}-throughput")
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(to_yaml(work.config), encoding="utf-8")
-    return Path(work.gather(str(folder))[0])
-
-
-def _best_parts(entries: Sequence[Entry]) -> int | None:
-    """The number of micro-batches at which our 1F1B was the fastest, if it ran."""
-    own = [e for e in entries if e.system == "1f1b" and e.rates]
-    return max(own, key=lambda e: e.rate).micro_batches if own else None
-
-
-def _weights(rows: Sequence[str]) -> str:
+def weights_of(rows: Sequence[str]) -> str:
     """The policy to look at: that of the first stream row."""
     streams = [row.partition(":")[2] for row in rows if row.startswith("stream:")]
     return streams[0].partition("+")[0] if streams else "stash"
 
 
-def _costs(work: Workload, cut: Partition, small: Sequence[LayerCost], seen: Observation) -> Costs:
-    size = sum(p.numel() * p.element_size() for p in work.model().parameters())
-    few = max(1, work.samples // 16)
-    return Costs(work.samples, cut, few, tuple(small), float(size), tuple(seen.links))
+def check_extras(options: Options) -> None:
+    """Find out before the measuring whether what it is for can be made.
+
+    Raises:
+        ImportError: a package is missing.
+    """
+    if options.predicts or options.timeline == "picture":
+        import_extra("matplotlib", extra="profile", user="drawing")
+    if options.fixes is not None:
+        import_extra("ruamel.yaml", extra="profile", user="--fix")
 
 
-def _evidence(
-    work: Workload, cut: Partition, seen: Observation, entries: Sequence[Entry], weights: str
-) -> Evidence:
-    rates = {entry.system: entry.rate for entry in entries}
-    options = work.config.pipeline
-    return Evidence(
-        partition=cut,
-        links=seen.links,
-        schedule=options.schedule,
-        slack=seen.slack,
-        micro_batches=options.micro_batches,
-        busy=seen.busy,
-        bubble=seen.bubble,
-        data=seen.data,
-        samples_per_second=rates.get(f"stream:{weights}", math.nan),
-        ceiling=rates.get("ceiling", math.nan),
-    )
-
-
-def _print_head(out: Console, work: Workload, cut: Partition) -> None:
+def tell_plan(work: Workload, cut: Partition, out: Console) -> None:
+    """Print what will be measured."""
     emulated = "EMULATED devices or links, " if work.is_emulated else ""
     out.print(title(work.config, f"{emulated}{work.ranks} ranks, {work.device.type}"))
     options = work.config.pipeline
@@ -167,74 +110,108 @@ def _print_head(out: Console, work: Workload, cut: Partition) -> None:
     out.print()
 
 
-def _print_tables(
-    out: Console, work: Workload, cut: Partition, chosen: list[dict[str, Any]]
-) -> None:
-    if work.is_emulated:
+def tell(found: Results, out: Console) -> None:
+    """Print and write it all."""
+    rows, chosen = (rows_of(e, found.predicted) for e in (found.entries, best(found.entries)))
+    diagnosis = diagnose(_evidence(found))
+    write_json(found.folder / "table.json", rows, _about(found, diagnosis))
+    write_csv(found.folder / "table.csv", rows, found.work.is_emulated)
+    _tell_tables(found, chosen, out)
+    _tell_diagnosis(found, diagnosis, out)
+    if found.options.timeline != "none":
+        _show_timelines(found, out)
+    if found.costs is not None:
+        _show_prediction(found, found.costs, chosen, out)
+    names = sorted(path.name for path in found.folder.iterdir())
+    out.print(f"\nwritten to {found.folder}: {', '.join(names)}")
+
+
+def _evidence(found: Results) -> Evidence:
+    rates = {entry.system: entry.rate for entry in found.entries}
+    config, seen = found.work.config, found.seen
+    options = config.pipeline
+    streams = options.schedule == "stream"
+    return Evidence(
+        partition=found.cut,
+        links=seen.links,
+        schedule=options.schedule,
+        slack=seen.slack,
+        micro_batches=options.micro_batches,
+        update_every=options.update_every,
+        workers=config.data.workers,
+        autocast=options.autocast is not None,
+        busy=seen.busy if streams else [math.nan] * len(seen.busy),
+        data=seen.data,
+        samples_per_second=rates.get(f"stream:{weights_of(found.options.rows)}", math.nan),
+        ceiling=rates.get("ceiling", math.nan),
+    )
+
+
+def _tell_tables(found: Results, chosen: list[dict[str, Any]], out: Console) -> None:
+    if found.work.is_emulated:
         out.print("EMULATED: layers that sleep, or links that wait")
-    out.print(comparison_table(chosen))
-    out.print()
-    out.print(stages_table(chosen))
-    allows = cut.speed_up / work.ranks
-    out.print(f"\nm: the best number of micro-batches; the cut allows {allows:.3f} of the ceiling")
+    stream = "stream"
+    for table in (
+        comparison_table(chosen),
+        stages_table(chosen),
+        time_table(found.seen.timelines[stream], found.seen.batches[stream]),
+    ):
+        out.print(table)
+        out.print()
+    allows = found.cut.speed_up / found.work.ranks
+    out.print(f"m: the best number of micro-batches; the cut allows {allows:.3f} of the ceiling")
     for row in chosen:
-        if row["system"] == "stream:stash" and row["of_ceiling"]:
-            out.print(f"stream:stash reaches {row['of_ceiling'] / allows:.3f} of that")
+        if row["system"].startswith("stream:") and row["of_ceiling"]:
+            out.print(f"{row['system']} reaches {row['of_ceiling'] / allows:.3f} of that")
     for row in chosen:
         if row["not_run"]:
             out.print(f"not run: {row['system']}: {row['not_run']}")
 
 
-def _print_diagnosis(out: Console, found: Diagnosis, options: Options, folder: Path) -> None:
+def _tell_diagnosis(found: Results, diagnosis: Diagnosis, out: Console) -> None:
     out.print("\ndiagnosis")
-    for line in found.lines:
+    for line in diagnosis.lines:
         out.print(Padding(f"- {line}", (0, 0, 0, 2)))
-    if options.fixes and options.config_file is None:
-        out.print("--fix: there is no --config FILE to copy")
-    elif options.fixes and not found.fixes:
+    source = found.options.fixes
+    if source is not None and not diagnosis.fixes:
         out.print("--fix: nothing to change")
-    elif options.fixes:
-        source = find_file(str(options.config_file))
-        target = folder / f"{source.stem}-fixed.yaml"
-        write_fixed(source, found.fixes, target)
+    elif source is not None:
+        target = found.folder / f"{source.stem}-fixed.yaml"
+        write_fixed(source, diagnosis.fixes, target)
         out.print(f"--fix: {target}")
 
 
-def _show_timelines(
-    out: Console, work: Workload, seen: Observation, folder: Path, text: bool, parts: int
-) -> None:
-    trace = folder / "timeline.json"
-    trace.write_text(json.dumps(chrome_trace(seen.timelines)), encoding="utf-8")
-    parts_of = [RECORDED, RECORDED // 2][: len(seen.timelines)]
-    shown = excerpt(seen.timelines, parts_of)
-    if text:
+def _show_timelines(found: Results, out: Console) -> None:
+    timelines = found.seen.timelines
+    trace = json.dumps(chrome_trace(timelines))
+    (found.folder / "timeline.json").write_text(trace, encoding="utf-8")
+    shown = excerpt(timelines, found.seen.batches)
+    if found.options.timeline == "text":
         out.print(f"\n{timelines_text(shown)}")
     else:
-        draw_timelines(shown, folder / "timeline", _subtitle(work))
+        draw_timelines(shown, found.folder / "timeline", found.subtitle)
 
 
 def _show_prediction(
-    out: Console, work: Workload, costs: Costs, chosen: list[dict[str, Any]], folder: Path
+    found: Results, costs: Costs, chosen: list[dict[str, Any]], out: Console
 ) -> None:
     stages, links = by_stages(costs), by_bandwidth(costs)
     where = winners(links)
     dots = {
-        row["system"]: (float(work.ranks), row["over_one_device"])
+        row["system"]: (float(found.work.ranks), row["over_one_device"])
         for row in chosen
         if row["system"] in ("stream:stash", "1f1b", "gpipe") and row["over_one_device"]
     }
-    draw_speed_up(stages, dots, folder / "speed-up", _subtitle(work))
-    draw_bandwidth(links, where, folder / "bandwidth", _subtitle(work))
-    text = json.dumps(
-        {
-            "emulated": work.is_emulated,
-            "speed_up_by_stages": [asdict(curve) for curve in stages],
-            "samples_per_second_by_bandwidth": [asdict(curve) for curve in links],
-            "fastest": [{"system": n, "from": a, "to": b} for n, a, b in where],
-        },
-        indent=2,
-    )
-    (folder / "prediction.json").write_text(text + "\n", encoding="utf-8")
+    draw_speed_up(stages, dots, found.folder / "speed-up", found.subtitle)
+    draw_bandwidth(links, where, found.folder / "bandwidth", found.subtitle)
+    content = {
+        "emulated": found.work.is_emulated,
+        "speed_up_by_stages": [asdict(curve) for curve in stages],
+        "samples_per_second_by_bandwidth": [asdict(curve) for curve in links],
+        "fastest": [{"system": n, "from": a, "to": b} for n, a, b in where],
+    }
+    text = json.dumps(content, indent=2)
+    (found.folder / "prediction.json").write_text(text + "\n", encoding="utf-8")
     out.print("\npredicted speed-up over one device, of a network that grows with the stages")
     out.print(curves_table(stages))
     for name, a, b in where:
@@ -246,15 +223,8 @@ def _bits(bandwidth: float) -> str:
     return f"{bits / 1e9:.3g} Gbit/s" if bits >= 1e9 else f"{bits / 1e6:.0f} Mbit/s"
 
 
-def _subtitle(work: Workload) -> str:
-    emulated = "EMULATED devices or links: " if work.is_emulated else ""
-    return (
-        f"{emulated}{work.config.name}, mini-batch {work.samples}, {work.ranks} ranks, "
-        f"{work.device.type}"
-    )
-
-
-def _about(work: Workload, cut: Partition, options: Options) -> dict[str, Any]:
+def _about(found: Results, diagnosis: Diagnosis) -> dict[str, Any]:
+    work, cut, options, seen = found.work, found.cut, found.options, found.seen
     return {
         "name": work.config.name,
         "emulated": work.is_emulated,
@@ -267,6 +237,10 @@ def _about(work: Workload, cut: Partition, options: Options) -> dict[str, Any]:
         "cut": cut.sizes,
         "cut_allows_of_ceiling": cut.speed_up / work.ranks,
         "rounds": options.rounds,
-        "steps": options.steps,
+        "steps": len(work.batches),
         "link_latency_ms": None if options.link is None else options.link.latency * 1000,
+        "links": [plain(asdict(link)) for link in seen.links],
+        "slack": seen.slack,
+        "diagnosis": diagnosis.lines,
+        "fixes": diagnosis.fixes,
     }

@@ -10,6 +10,9 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from headrace.pipeline import Timeline
+from headrace.pipeline.timeline import Work
+
 from ..display import amount
 from .contest import Entry
 from .prediction import Curve
@@ -17,8 +20,10 @@ from .prediction import Curve
 __all__ = [
     "comparison_table",
     "curves_table",
+    "plain",
     "rows_of",
     "stages_table",
+    "time_table",
     "write_csv",
     "write_json",
 ]
@@ -51,13 +56,16 @@ def rows_of(entries: Sequence[Entry], predicted: Mapping[Any, float]) -> list[di
             "peak_memory_bytes": entry.memory,
             "not_run": entry.refused,
         }
-        rows.append({name: _plain(value) for name, value in row.items()})
+        rows.append(plain(row))
     return rows
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """For JSON, which has no NaN and no infinity: null."""
     if isinstance(value, list):
-        return [_plain(each) for each in value]
+        return [plain(each) for each in value]
+    if isinstance(value, dict):
+        return {name: plain(each) for name, each in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -121,6 +129,29 @@ def stages_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             _each(row["peak_memory_bytes"], amount),
             _each(row["staleness"], lambda v: f"{v:g}"),
         )
+    return table
+
+
+def time_table(timeline: Timeline, batches: float) -> Table:
+    """A row a stage: what a mini-batch's time goes to there, in milliseconds.
+
+    Args:
+        batches: how many mini-batches the timeline has.
+    """
+    kinds = {
+        "forward": (Work.FORWARD,),
+        "backward": (Work.BACKWARD,),
+        "update": (Work.UPDATE,),
+        "sending": (Work.SEND_DOWN, Work.SEND_UP),
+        "waiting": (Work.WAIT,),
+        "data": (Work.DATA,),
+    }
+    table = _table("ms a mini-batch", *kinds, "engine", "in all")
+    period = 1e3 * timeline.seconds / batches
+    for stage in range(len(timeline.stages)):
+        parts = [timeline.share(stage, *works) * period for works in kinds.values()]
+        engine = 1e3 * sum(end - start for start, end in timeline.idle(stage)) / batches
+        table.add_row(f"stage {stage}", *(f"{ms:.3f}" for ms in (*parts, engine, period)))
     return table
 
 

@@ -9,7 +9,9 @@ __all__ = ["LEGEND", "timeline_text", "timelines_text"]
 
 LETTERS = {Work.FORWARD: "F", Work.BACKWARD: "B", Work.UPDATE: "u", Work.WAIT: ".", Work.DATA: "d"}
 
-LEGEND = "F forward, B backward, u update, . waiting for a neighbour, d waiting for data"
+LEGEND = """\
+F forward, B backward, u update, . waiting for a neighbour, d waiting for data, blank: the engine;
+at the right the share of the time at work"""
 
 
 def timeline_text(timeline: Timeline, width: int = 72) -> str:
@@ -25,12 +27,12 @@ def timeline_text(timeline: Timeline, width: int = 72) -> str:
             a, b = width * span.start / seconds, width * span.end / seconds
             for k in range(int(a), min(width, int(b) + 1)):
                 part = min(b, k + 1) - max(a, k)
-                if part > 0:
+                if part > 1e-6:  # and not the rounding of a span that ends where a letter does
                     cells[k][letter] = cells[k].get(letter, 0.0) + part
         text = "".join(max(cell, key=lambda c: cell[c]) if cell else " " for cell in cells)
         rows.append(f"stage {j:<3} |{text}| {timeline.share(j, *WORKING):.0%}")
-    end = f"{1e3 * seconds:.1f} ms"
-    return "\n".join([*rows, f"{'':9} 0{end:>{width}}"])
+    end = f"{1e3 * seconds:.1f} ms".rjust(width - 1)
+    return "\n".join([*rows, f"{'':9} 0 {end}"])
 
 
 def timelines_text(timelines: Mapping[str, Timeline], width: int = 72) -> str:

@@ -1,10 +1,11 @@
 """What every system trains: the same network, mini-batches, loss, optimizer and precision."""
 
 import itertools
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,14 +15,12 @@ from torch.optim import Optimizer
 from headrace.models import EmulatedLayer
 from headrace.pipeline import Link
 from headrace.pipeline.feed import read
-from headrace.pipeline.measure import measure
 from headrace.pipeline.microbatch import samples as count_samples
-from headrace.pipeline.microbatch import split
 from headrace.pipeline.partition import LayerCost, Partition, partition
 from headrace.pipeline.settings import autocasting, make_optimizers
 from headrace.pipeline.world import choose_device, meet
 
-from ..assemble import make_loader, make_loss, make_model, make_settings
+from ..assemble import make_loader, make_loss, make_model
 from ..components import build
 from ..config import Config
 
@@ -29,13 +28,20 @@ __all__ = ["Batch", "Workload"]
 
 Batch = tuple[Any, Any]
 
+DISTINCT = 20
+"""Mini-batches that are read; more are these again."""
+
+ENGINE = 3e-4
+"""Seconds a mini-batch at least, whatever the layers."""
+
 
 @dataclass(frozen=True)
 class Workload:
     """A configuration's training, on this rank.
 
     Args:
-        batches: full mini-batches in memory, the same on every rank: loading is not measured.
+        batches: full mini-batches in memory, the same on every rank: loading is not measured. As
+            many as one measurement takes.
         rank, ranks: this process, of how many.
         device: this rank's. shared: several ranks use it.
         link: emulated on every hop of Headrace's own transport; None leaves it as it is.
@@ -50,8 +56,8 @@ class Workload:
     link: Link | None = None
 
     @classmethod
-    def load(cls, config: Config, count: int, link: Link | None) -> "Workload":
-        """Meet the other ranks, and read the first `count` mini-batches, over and over if need be.
+    def load(cls, config: Config, link: Link | None) -> "Workload":
+        """Meet the other ranks, and read the first mini-batches.
 
         Raises:
             ValueError: not started by torchrun, or the data gives no full mini-batch.
@@ -65,10 +71,18 @@ class Workload:
         data = config.data
         full = replace(config, data=replace(data, drop_last=True, workers=0))
         loader = make_loader(full, "data.train", data.train)
-        batches = list(itertools.islice(read(loader, pairs_only=True), count))
-        cycled = list(itertools.islice(itertools.cycle(batches), count))
+        batches = list(itertools.islice(read(loader, pairs_only=True), DISTINCT))
         device, shared = choose_device(config.pipeline.device, world)
-        return cls(config, cycled, world.rank, world.size, device, shared, link)
+        return cls(config, batches, world.rank, world.size, device, shared, link)
+
+    def of_steps(self, count: int) -> "Workload":
+        """The same with so many mini-batches, over and over if need be."""
+        cycled = itertools.islice(itertools.cycle(self.batches), count)
+        return replace(self, batches=list(cycled))
+
+    def steps_of_a_second(self, cut: Partition) -> int:
+        """Mini-batches of about a second in a pipeline, 20 at least; the same on all ranks."""
+        return max(20, math.ceil(1 / (max(cut.costs) + ENGINE)))
 
     # What it consists of -----------------------------------------------------------------------
 
@@ -116,27 +130,6 @@ class Workload:
         values: list[Any] = [None] * self.ranks
         dist.all_gather_object(values, value)
         return values
-
-    # Costs -------------------------------------------------------------------------------------
-
-    def measure(self, samples: int) -> tuple[LayerCost, ...]:
-        """Each layer's cost for so many samples of a mini-batch, the mean over ranks.
-
-        All ranks measure at once, so that they get in each other's way as they do in training.
-        """
-        inputs, target = cast(Batch, split(self.batches[0], max(1, self.samples // samples))[0])
-        settings, seed = make_settings(self.config), self.config.seed
-        self.barrier()
-        costs = measure(self.model(), inputs, target, settings, self.device, seed)
-        # Twice: who comes late to the first time finds the others gone.
-        self.barrier()
-        costs = measure(self.model(), inputs, target, settings, self.device, seed)
-        times = torch.tensor([[c.forward, c.backward, c.update] for c in costs]).double()
-        dist.all_reduce(times)
-        return tuple(
-            replace(cost, forward=f, backward=b, update=u)
-            for cost, (f, b, u) in zip(costs, (times / self.ranks).tolist(), strict=True)
-        )
 
     def cut(self, layers: Iterable[LayerCost], stages: int | None = None) -> Partition:
         """As the configuration's balance says; for another number of stages, by time."""

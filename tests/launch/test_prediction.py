@@ -1,10 +1,12 @@
 """Predictions from costs that one can work out by hand."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
-from headrace.launch.profiling.prediction import Costs, Curve, by_bandwidth, by_stages, winners
+from headrace.launch.profiling.costs import Costs, Passes, typical
+from headrace.launch.profiling.prediction import Curve, by_bandwidth, by_stages, winners
 from headrace.pipeline import Link
 from headrace.pipeline.partition import LayerCost, Partition
 
@@ -34,11 +36,29 @@ def test_rates() -> None:
     c = costs()
     assert c.one_device() == pytest.approx(8 / 7)
     assert c.ceiling() == pytest.approx(2 * 8 / 7)
-    assert c.stream(0, 1, 1) == pytest.approx(8 / 3.5)
+    assert c.stream(0) == pytest.approx(8 / 3.5)
     assert c.stream(0, 4, 4) == pytest.approx(8 / 3.5), "one update for four parts"
     assert c.flushing("1f1b", 4) == pytest.approx(8 / (5 * 0.75 + 0.5))
     assert c.flushing("gpipe", 1) == pytest.approx(8 / (2 * 3 + 0.5))
-    assert c.data_parallel() == pytest.approx(8 / (3 + 1.0)), "half the samples, all the weights"
+    assert c.data_parallel(Link()) == pytest.approx(8 / (3 + 1)), "half the samples, all weights"
+    busy = replace(c, passes=Passes(reducing=2e-6))  # and 1e6 bytes of gradients
+    assert busy.data_parallel(Link()) == pytest.approx(8 / (3 + 2 + 1))
+    assert busy.data_parallel(Link(0, 1e6)) == pytest.approx(8 / (3 + 2 + 1 + 1)), "a ring of two"
+
+
+def test_passes_over_memory() -> None:
+    """Each of two equal stages has half of 1e6 bytes: 1 s to add, or to copy."""
+    c = replace(costs(), passes=Passes(adding=2e-6))
+    assert c.stream(0) == costs().stream(0)
+    assert c.stream(0, copies=1) == pytest.approx(8 / 4.5), "on the first stage alone"
+    assert c.stream(0, 4, 4) == pytest.approx(8 / (3.5 + 3)), "4 gradients are added to one"
+    assert c.flushing("gpipe", 2) == pytest.approx(8 / (3 * (1.5 + 0.5) + 0.5))
+
+
+def test_the_typical_cost_is_each_layers_median() -> None:
+    rounds = [(layer(f, 2 * f, 1.0), layer(10 - f, 1.0)) for f in (1.0, 7.0, 2.0)]
+    found = typical(rounds)
+    assert [(c.forward, c.backward, c.update) for c in found] == [(2, 4, 1), (8, 1, 0)]
 
 
 def test_a_stream_is_as_fast_as_there_are_stages_and_a_flush_is_not() -> None:

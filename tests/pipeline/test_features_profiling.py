@@ -8,7 +8,7 @@ import pytest
 
 from headrace.pipeline import Link, Pipeline, Timeline
 from headrace.pipeline.rules import Delayed
-from headrace.pipeline.timeline import WORKING, Work, chrome_trace
+from headrace.pipeline.timeline import WORKING, Span, Work, chrome_trace
 
 from .alone import pipeline
 from .helpers import batches_of
@@ -48,9 +48,24 @@ def test_a_trace_can_be_written() -> None:
     with pipe.record() as recording:
         pipe.train(batches_of(20, 4))
     trace = json.loads(json.dumps(chrome_trace({"stream": recording.timeline})))
-    spans = [event for event in trace["traceEvents"] if event["ph"] == "X"]
+    pieces = [event for event in trace["traceEvents"] if event["ph"] == "X"]
+    spans = [event for event in pieces if event["cat"] != "idle"]
     assert len(spans) == sum(map(len, recording.timeline.stages))
     assert {event["pid"] for event in spans} == {0, 1}
+    idle = [event for event in pieces if event["cat"] == "idle"]
+    gaps = [gap for stage in (0, 1) for gap in recording.timeline.idle(stage)]
+    assert [(e["ts"], e["ts"] + e["dur"]) for e in idle] == [
+        pytest.approx((1e6 * a, 1e6 * b)) for a, b in gaps
+    ]
+    assert {event["tid"] for event in idle} == {0}
+
+
+def test_what_nothing_is_recorded_of_is_idle() -> None:
+    first = [Span(Work.FORWARD, 0, 5, 7), Span(Work.SEND_DOWN, 0, 6, 9), Span(Work.WAIT, 0, 8, 9)]
+    timeline = Timeline.of([first, [Span(Work.FORWARD, 0, 10, 12)]])
+    assert timeline.idle(0) == [(4, 7)], "to the end of the window"
+    assert timeline.idle(1) == [(0, 5)]
+    assert Timeline.of([[]]).idle(0) == []
 
 
 def test_recording_changes_no_number() -> None:

@@ -154,6 +154,8 @@ def test_data_parallel() -> None:
     ring = 2 * 3 * (4e6 / 4 / 1e6 + 0.01)
     assert data_parallel_period(whole, 4e6, 4, Link(0.01, 1e6)) == pytest.approx(3.5 + ring)
     # Many buckets on a quick link: all but the last are hidden.
+    # Reducing takes 2 s of the processor, too: all of it before the last bucket can leave.
+    assert data_parallel_period(whole, 4e6, 4, Link(0.01, 1e6), 5e-7) == pytest.approx(5.5 + ring)
     many = data_parallel_period(whole, 100 * 25 * 2**20, 2, Link(0, 1e12))
     assert many == pytest.approx(3.5 + 25 * 2**20 / 1e12)
     rates = [data_parallel_period(whole, 1e9, 4, Link(0, b)) for b in (1e7, 1e8, 1e9, 1e10)]

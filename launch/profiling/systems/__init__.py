@@ -14,6 +14,7 @@ SYSTEMS: dict[str, Callable[[], System]] = {
     "one-device": OneDevice,
     "ceiling": Ceiling,
     "stream:stash": lambda: Stream("stash"),
+    "stream:stash+auto": lambda: Stream("stash", slack="auto"),
     "stream:current": lambda: Stream("current"),
     "stream:replay": lambda: Stream("replay"),
     "stream:predict": lambda: Stream("predict"),

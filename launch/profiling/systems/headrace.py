@@ -3,6 +3,7 @@
 import math
 from contextlib import ExitStack
 from dataclasses import replace
+from typing import Literal
 
 from headrace.pipeline import Pipeline
 from headrace.pipeline.partition import Partition
@@ -49,14 +50,18 @@ class _Headrace(System):
 
 
 class Stream(_Headrace):
-    """The stream under one weight policy; it stays full between warm-up and measurement."""
+    """The stream under one weight policy; it stays full between warm-up and measurement.
 
-    def __init__(self, weights: str) -> None:
-        self.weights = weights
+    Args:
+        slack: None is the configuration's.
+    """
+
+    def __init__(self, weights: str, slack: Literal["auto"] | None = None) -> None:
+        self.weights, self.slack = weights, slack
 
     def options(self, options: PipelineOptions, micro_batches: int) -> PipelineOptions:
         rule = Component("delayed", {"weights": self.weights})
-        return replace(options, schedule="stream", rule=rule)
+        return replace(options, schedule="stream", rule=rule, slack=self.slack or options.slack)
 
     def warm_up_steps(self) -> int:
         options = self._config.pipeline
