@@ -31,6 +31,10 @@ class Carrier:
     def _transfer(self, tensor: Tensor, peer: int, sends: bool) -> None:
         (self.send_host if sends else self.receive_host)(tensor, peer)
 
+    def close(self) -> None:
+        """End the group."""
+        dist.destroy_process_group(self.group)
+
     def mark(self) -> Any:
         """Note the moment at which a message's tensors are complete."""
         return None

@@ -149,11 +149,12 @@ def encode(
     small: list[bytes] = []
     following: list[Tensor] = []
     for tensor, way in zip(tensors, layout.ways, strict=True):
-        tensor = tensor.detach().resolve_conj().resolve_neg()
+        if tensor.is_conj() or tensor.is_neg():
+            tensor = tensor.resolve_conj().resolve_neg()
         if way == _IN_FRAME:
             small.append(_bytes(tensor))
         elif place is None:
-            following.append(tensor)
+            following.append(tensor.detach())
         else:
             notes += place(tensor)
     numbers, codes = message.numbers, layout.codes

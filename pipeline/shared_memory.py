@@ -5,6 +5,7 @@ the layers. Here the sender copies it once, into a free slot of a memory file, a
 tensor is that slot; when the last view of it is gone, the slot is free again.
 """
 
+import ctypes
 import mmap
 import os
 import weakref
@@ -30,6 +31,8 @@ class _Arena:
     def __init__(self, file: int, slot_bytes: int) -> None:
         self.file, self.slot_bytes = file, slot_bytes
         self.memory = mmap.mmap(file, PAGE + SLOTS * slot_bytes)
+        self._address = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
+        self._held: dict[int, weakref.ref[memoryview]] = {}
 
     @classmethod
     def make(cls, least: int) -> "_Arena":
@@ -58,14 +61,24 @@ class _Arena:
         self.memory[slot] = 1
         return slot
 
-    def view(self, slot: int, size: int) -> memoryview:
-        """The first bytes of a slot."""
-        start = PAGE + slot * self.slot_bytes
-        return memoryview(self.memory)[start : start + size]
+    def fill(self, slot: int, tensor: Tensor, size: int) -> None:
+        """Copy a tensor's elements into a slot."""
+        source = tensor.contiguous()
+        ctypes.memmove(self._address + self._start(slot), source.data_ptr(), size)
 
-    def free_with(self, view: memoryview, slot: int) -> None:
-        """Free a slot once its view is gone."""
-        weakref.finalize(view, self.memory.__setitem__, slot, 0).atexit = False
+    def hold(self, slot: int, size: int) -> memoryview:
+        """The first bytes of a slot, which is free once the last view of them is gone."""
+        start = self._start(slot)
+        view = memoryview(self.memory)[start : start + size]
+        self._held[slot] = weakref.ref(view, lambda _: self._free(slot))
+        return view
+
+    def _free(self, slot: int) -> None:
+        del self._held[slot]
+        self.memory[slot] = 0
+
+    def _start(self, slot: int) -> int:
+        return PAGE + slot * self.slot_bytes
 
 
 class SharedMemory:
@@ -85,8 +98,7 @@ class SharedMemory:
         """
         size = tensor.numel() * tensor.element_size()
         arena, slot = self._find(size)
-        flat = torch.frombuffer(arena.view(slot, size), dtype=tensor.dtype)
-        flat.view(tensor.shape).copy_(tensor)
+        arena.fill(slot, tensor, size)
         return Note(os.getpid(), arena.file, arena.slot_bytes, slot)
 
     def _find(self, size: int) -> tuple[_Arena, int]:
@@ -110,6 +122,5 @@ class SharedMemory:
         if (process, file) not in self._arenas:
             self._arenas[process, file] = _Arena.open(process, file, slot_bytes)
         arena = self._arenas[process, file]
-        view = arena.view(slot, spec.bytes)
-        arena.free_with(view, slot)
+        view = arena.hold(slot, spec.bytes)
         return torch.frombuffer(view, dtype=spec.dtype).view(spec.shape)

@@ -55,7 +55,8 @@ def connect(
     """Connect this process's stage with its neighbours: one 2-rank group per direction and pair.
 
     Every process calls it, with the same ranks; groups are made in the same order everywhere and
-    warmed up once. Processes of one host use theirs to find that out only.
+    warmed up once. Processes of one host use theirs to find that out only, and end it: its thread
+    would wake a hundred times a second.
 
     Args:
         ranks: the global rank of each stage, in order.
@@ -102,7 +103,10 @@ def _open_outbox(
     near = None
     if carrier.device.type == "cpu":
         near = meet_receiver(carrier, peer, recorder, work, lost)
-    return near or _Sender(carrier, peer, recorder, work, lost)
+    if near is not None:
+        carrier.close()
+        return near
+    return _Sender(carrier, peer, recorder, work, lost)
 
 
 def _open_inbox(
@@ -111,7 +115,10 @@ def _open_inbox(
     carrier.warm_up(peer, sends=False)
     lost = partial(on_lost, peer)
     near = meet_sender(carrier, peer, lost) if carrier.device.type == "cpu" else None
-    return near or _Receiver(carrier, peer, bell, lost)
+    if near is not None:
+        carrier.close()
+        return near
+    return _Receiver(carrier, peer, bell, lost)
 
 
 def _choose_carrier(

@@ -13,7 +13,6 @@ from rich.table import Table
 from headrace.pipeline import Timeline
 from headrace.pipeline.timeline import Work
 
-from ..display import amount
 from .contest import Entry
 from .prediction import Curve
 
@@ -54,6 +53,8 @@ def rows_of(entries: Sequence[Entry], predicted: Mapping[Any, float]) -> list[di
             "bubble": [fact.bubble for fact in entry.facts],
             "staleness": [fact.staleness for fact in entry.facts],
             "peak_memory_bytes": entry.memory,
+            "saved_graphs": [fact.graphs for fact in entry.facts],
+            "weight_copies": [fact.copies for fact in entry.facts],
             "not_run": entry.refused,
         }
         rows.append(plain(row))
@@ -118,7 +119,8 @@ def comparison_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 def stages_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """A row a system: what each stage did, in per cent of the time, and what it took."""
-    table = _table("per stage", "busy %", "bubble %", "peak memory", "staleness")
+    headers = ("busy %", "bubble %", "peak MiB", "staleness", "graphs", "copies")
+    table = _table("per stage", *headers)
     for row in rows:
         if row["samples_per_second"] is None:
             continue
@@ -126,8 +128,8 @@ def stages_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             row["system"],
             _each(row["busy"], lambda v: f"{v:.0%}".rstrip("%")),
             _each(row["bubble"], lambda v: f"{v:.0%}".rstrip("%")),
-            _each(row["peak_memory_bytes"], amount),
-            _each(row["staleness"], lambda v: f"{v:g}"),
+            _each(row["peak_memory_bytes"], lambda v: f"{v / 2**20:.1f}"),
+            *(_each(row[n], "{:g}".format) for n in ("staleness", "saved_graphs", "weight_copies")),
         )
     return table
 
@@ -168,7 +170,7 @@ def _each(values: Sequence[Any], write: Any) -> str:
     if all(value is None for value in values):
         return "-"
     shown = ["-" if value is None else write(value) for value in values]
-    return " ".join(shown if len(shown) <= 8 else [*shown[:3], "…", *shown[-2:]])
+    return " ".join(shown if len(shown) <= 6 else [*shown[:3], "…", *shown[-2:]])
 
 
 def _text(value: Any, form: str) -> str:

@@ -27,10 +27,12 @@ SAMPLES = 64
 Account = dict[str, Any]
 
 
-def build(**options: Any) -> tuple[Pipeline, list[tuple[Tensor, Tensor]]]:
+def build(
+    width: int = WIDTH, samples: int = SAMPLES, **options: Any
+) -> tuple[Pipeline, list[tuple[Tensor, Tensor]]]:
     torch.manual_seed(1)
-    layers = [part for _ in range(3) for part in (nn.Linear(WIDTH, WIDTH), nn.Tanh())]
-    batches = [(torch.randn(SAMPLES, WIDTH), torch.randn(SAMPLES)) for _ in range(30)]
+    layers = [part for _ in range(3) for part in (nn.Linear(width, width), nn.Tanh())]
+    batches = [(torch.randn(samples, width), torch.randn(samples)) for _ in range(30)]
     pipe = Pipeline(nn.Sequential(*layers), mean_error, momentum, balance=[2, 2, 2], **options)
     return pipe, batches
 
@@ -105,7 +107,7 @@ def train_for_long(rounds: int) -> list[tuple[int, int, int, float]]:
     """Train round after round of 100 micro-batches: after each, the process's resident bytes, its
     threads and open files, and the seconds that the round took.
     """
-    pipe, batches = build()
+    pipe, batches = build(width=64, samples=16)  # 4 KiB: not in the frame
     found = []
     with pipe:
         for _ in range(rounds):

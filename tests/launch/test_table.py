@@ -29,7 +29,7 @@ STREAM = Entry(
     "stream:stash",
     None,
     rates=[150.0, 90.0, 120.0],
-    facts=[Facts(0.96, 0.03, 1.0, 1), Facts(0.904, math.nan, 0.0, 0)],
+    facts=[Facts(0.96, 0.03, 1.0, 1, 2, 2), Facts(0.904, math.nan, 0.0, 0, 1)],
     memory=[3.0 * 2**20, 512.0],
 )
 FLUSH = Entry("1f1b", 4, rates=[60.0], facts=[Facts(), Facts()], memory=[math.nan, 1.0])
@@ -102,6 +102,8 @@ def test_a_row_has_plain_values_and_null_for_what_is_not_known() -> None:
         "bubble": [0.03, None],
         "staleness": [1.0, 0.0],
         "peak_memory_bytes": [3.0 * 2**20, 512.0],
+        "saved_graphs": [2, 1],
+        "weight_copies": [2, None],
         "not_run": None,
     }
 
@@ -121,6 +123,8 @@ def test_a_row_of_what_did_not_run_says_why() -> None:
         "bubble": [],
         "staleness": [],
         "peak_memory_bytes": [],
+        "saved_graphs": [],
+        "weight_copies": [],
         "not_run": "64 micro-batches of 32 samples",
     }
 
@@ -168,6 +172,8 @@ def test_csv_is_read_back(tmp_path: Path) -> None:
         "bubble": "0.03;",
         "staleness": "1.0;0.0",
         "peak_memory_bytes": "3145728.0;512.0",
+        "saved_graphs": "2;1",
+        "weight_copies": "2;",
         "not_run": "",
         "emulated": "True",
     }
@@ -216,20 +222,20 @@ def test_each_stage_is_shown() -> None:
     assert (
         drawn(stages_table(rows(STREAM, REFUSED, FLUSH)))
         == """\
-per stage     busy %  bubble %    peak memory  staleness
-────────────────────────────────────────────────────────
-stream:stash   96 90       3 -  3.0 MiB 512 B        1 0
-1f1b               -         -          - 1 B          -"""
+per stage     busy %  bubble %  peak MiB  staleness  graphs  copies
+───────────────────────────────────────────────────────────────────
+stream:stash   96 90       3 -   3.0 0.0        1 0     2 1     2 -
+1f1b               -         -     - 0.0          -       -       -"""
     )
 
 
 @pytest.mark.parametrize(
-    ("count", "shown"), [(8, "7 6 5 4 3 2 1 0"), (9, "8 7 6 … 1 0"), (64, "63 62 61 … 1 0")]
+    ("count", "shown"), [(6, "5 4 3 2 1 0"), (7, "6 5 4 … 1 0"), (64, "63 62 61 … 1 0")]
 )
-def test_more_than_eight_stages_are_elided(count: int, shown: str) -> None:
+def test_more_than_six_stages_are_elided(count: int, shown: str) -> None:
     facts = [Facts(staleness=float(count - 1 - j)) for j in range(count)]
     entry = Entry("stream:stash", None, rates=[1.0], facts=facts)
-    assert drawn(stages_table(rows(entry))).splitlines()[-1].endswith(f" {shown}")
+    assert drawn(stages_table(rows(entry))).splitlines()[-1].endswith(f" {shown}       -       -")
 
 
 def test_curves_are_drawn_a_row_each() -> None:

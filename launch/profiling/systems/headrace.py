@@ -43,7 +43,8 @@ class _Headrace(System):
         mine = self.pipe.statistics()[self._rank]
         depths = self.pipe.depths
         staleness = expected_staleness(self._config, depths)[self._rank]
-        return Facts(mine.busy, mine.waiting, staleness, depths[self._rank])
+        depth = depths[self._rank]
+        return Facts(mine.busy, mine.waiting, staleness, depth, mine.in_flight, mine.copies)
 
     def close(self) -> None:
         self.pipe.close()

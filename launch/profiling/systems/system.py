@@ -17,12 +17,15 @@ class Facts:
         busy: share of the time in forward, backward and update. bubble: waiting for neighbours.
         staleness: of its gradients, in updates.
         depth: micro-batches in flight behind a forward, where the system has such a number.
+        graphs: the most that were saved at a time. copies: of the weights.
     """
 
     busy: float = float("nan")
     bubble: float = float("nan")
     staleness: float = float("nan")
     depth: int | None = None
+    graphs: int | None = None
+    copies: int | None = None
 
 
 class System:
