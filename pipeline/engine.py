@@ -102,7 +102,7 @@ class Engine:
         self.progress = 0
         self.recorder = links.recorder
         self.spans: list[Span] = []
-        self._warm = (0.0, 0)
+        self._warm = (list(self.recorder.seconds), list(self.recorder.counts))
         self.restart_shares()
         self._hop_bytes = 0
         self.trained = self._stretches = 0
@@ -197,7 +197,7 @@ class Engine:
         self.doing = f"forward of micro-batch {message.index}"
         self.books.fed()
         if self.trained == WARM:
-            self._warm = (self.recorder.working, self.trained)
+            self._warm = (list(self.recorder.seconds), list(self.recorder.counts))
         self.trained += 1
         output, target = self.recorder.run(Work.FORWARD, message.index, self._run_stage, message)
         self._hop_bytes = total_bytes(output)
@@ -401,12 +401,10 @@ class Engine:
         """Measure every stage and every hop, and choose the slack; all stages choose alike."""
         yield from self._drain()
         self.doing = "measuring the links"
-        stage, (busy, trained) = self.stage, self._warm
-        seconds = (self.recorder.working - busy) / max(1, self.trained - trained)
-        hop = math.nan
+        stage, hop = self.stage, math.nan
         if not stage.is_last:
             hop, _ = yield from self._measure_hop(self._hop_bytes)
-        mine = {str(stage.index): torch.tensor([seconds, hop], dtype=torch.float64)}
+        mine = {str(stage.index): torch.tensor([self._pace(), hop], dtype=torch.float64)}
         rows = [row.tolist() for row in (yield from self._fold(mine, _merge)).values()]
         slack, why = choose_slack([row[0] for row in rows], [row[1] for row in rows[:-1]])
         if stage.is_first:
@@ -414,6 +412,19 @@ class Engine:
         self.depths = depths(stage.count, slack)
         stage.depth = self.depths[stage.index]
         self._stretch = self._new_stretch()
+
+    def _pace(self) -> float:
+        """Seconds of work for one micro-batch, since it was warm. Of what it ran forward then, less
+        or more has come back.
+        """
+        warm_seconds, warm_counts = self._warm
+        seconds = [
+            now - then for now, then in zip(self.recorder.seconds, warm_seconds, strict=True)
+        ]
+        counts = [now - then for now, then in zip(self.recorder.counts, warm_counts, strict=True)]
+        forward = seconds[Work.FORWARD] / max(1, counts[Work.FORWARD])
+        back = seconds[Work.BACKWARD] + seconds[Work.UPDATE]
+        return forward + back / max(1, counts[Work.BACKWARD])
 
     def _measure_hop(self, size: int) -> Generator[Inbox, None, tuple[float, float]]:
         """Seconds, one way, for a message of so many bytes, the median of a few; and by how much

@@ -47,13 +47,14 @@ class Span(NamedTuple):
 
 
 class Recorder:
-    """One stage's clock: it sums what its time goes to, and keeps the spans while it records.
+    """One stage's clock: sums and counts of what its time goes to, and spans while it records.
 
     Spans are torch.profiler's too while it records: `record_function`, under the work's name.
     """
 
     def __init__(self) -> None:
         self.seconds = [0.0] * len(Work)
+        self.counts = [0] * len(Work)
         self._spans: list[Span] | None = None
 
     def start(self) -> None:
@@ -82,6 +83,7 @@ class Recorder:
         """Note that something which began then is over now."""
         end = perf_counter()
         self.seconds[work] += end - start
+        self.counts[work] += 1
         if self._spans is not None:
             self._spans.append(Span(work, index, start, end))
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from headrace.models import emulated
 from headrace.pipeline import Link, Pipeline, Timeline
 from headrace.pipeline.message import Kind, Message
 from headrace.pipeline.rules import Delayed
@@ -18,7 +19,7 @@ from headrace.pipeline.shared_memory import SLOTS
 
 from ..pipeline.helpers import momentum
 
-__all__ = ["Account", "look", "train_for_long", "watch_channels"]
+__all__ = ["Account", "look", "train_for_long", "tune", "watch_channels"]
 
 WIDTH = 256
 SAMPLES = 64
@@ -51,6 +52,17 @@ def look(latency: float | None) -> tuple[Timeline, list[Link]]:
         with pipe.record() as recording:
             pipe.train(batches)
         return recording.timeline, pipe.measure_links()
+
+
+def tune(latency: float) -> None:
+    """Choose the slack for layers of 5 + 10 ms behind such links."""
+    model = emulated(layers=3, forward_ms=5, backward_ms=10, width=4)
+    batches = [(torch.randn(6, 4), torch.randn(6, 4))] * 17
+    with Pipeline(
+        model, nn.MSELoss(), momentum, balance=[1, 1, 1], slack="auto",
+        emulated_link=Link(latency=latency),
+    ) as pipe:  # fmt: skip
+        pipe.train(batches)
 
 
 def watch_channels(slack: int) -> Account:

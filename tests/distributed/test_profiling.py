@@ -1,5 +1,6 @@
 """One clock for all ranks; links as they are; no more in flight than the schedule says."""
 
+import re
 import sys
 from itertools import pairwise
 
@@ -8,7 +9,7 @@ import pytest
 from headrace.pipeline import Link, Timeline
 from headrace.pipeline.timeline import Work
 
-from .profiling import look, train_for_long, watch_channels
+from .profiling import look, train_for_long, tune, watch_channels
 from .ranks import TRANSPORTS, Launcher
 
 pytestmark = pytest.mark.timeout(120)
@@ -60,6 +61,18 @@ def test_an_emulated_link_is_as_slow_as_it_says(launcher: Launcher, transport: s
     for upper, lower in pairwise(range(3)):
         sent, taken = (ends(timeline, j, Work.FORWARD) for j in (upper, lower))
         assert all(taken[i][0] - sent[i][1] > 0.029 for i in sent), "clocks agree all the same"
+
+
+def test_slack_auto_knows_a_stages_pace(launcher: Launcher) -> None:
+    """The drain before measuring brings back more than went forward since the stage was warm: once
+    the pace was taken to be a quarter slower than it is, and the slack chosen too small.
+    """
+    outcome = launcher.run(tune, 3, 0.01)
+    outcome.expect(0, 0, 0)
+    (said,) = re.findall(r"the slowest stage takes ([\d.]+) ms", "".join(outcome.out))
+    assert 15 <= float(said) < 17.5
+    (slack,) = re.findall(r"^slack \[(\d), (\d)\]", "".join(outcome.out), re.M)
+    assert slack in [("1", "2"), ("2", "1"), ("2", "2")], "twice 10.3 ms of 15.3"
 
 
 def most_waiting(sent: dict[int, float], taken: dict[int, float]) -> dict[int, int]:
