@@ -1,5 +1,6 @@
 """Who takes part: the ranks that torchrun started, the store they share, their devices."""
 
+import atexit
 import os
 from contextlib import suppress
 from dataclasses import dataclass
@@ -36,8 +37,10 @@ def meet() -> World | None:
             return None
         try:
             # It stays until this process exits: made a second time in one job, it would find
-            # the first one's keys in the store.
+            # the first one's keys in the store. Left to the end of the process, its threads now
+            # and then abort that (1 in 100 processes).
             dist.init_process_group("gloo")
+            atexit.register(_part)
             _wait_until_all_have_met()
         except dist.DistNetworkError as error:
             address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
@@ -53,6 +56,11 @@ def meet() -> World | None:
         local_size=int(os.environ.get("LOCAL_WORLD_SIZE", size)),
         store=distributed_c10d._get_default_store(),
     )
+
+
+def _part() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _wait_until_all_have_met() -> None:

@@ -1,9 +1,11 @@
 """Let systems train in turn, round after round, and note what each did."""
 
+import io
 import math
 import statistics
 import time
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass, field
 
 from headrace.pipeline.partition import Partition
@@ -69,7 +71,9 @@ def hold(
         for entry in entries:
             if entry.refused is None:
                 watch(entry, k)
-                _measure(work, cut, entry)
+                # What a pipeline says of itself, it says once.
+                with nullcontext() if k == 0 else redirect_stdout(io.StringIO()):
+                    _measure(work, cut, entry)
         between()
     return entries
 

@@ -9,17 +9,18 @@ from typing import cast
 import torch
 import torch.distributed as dist
 
-from headrace.pipeline import Link
+from headrace.pipeline import Link, Timeline
 from headrace.pipeline.measure import ROUNDS, measure
 from headrace.pipeline.microbatch import split
 from headrace.pipeline.partition import LayerCost, Partition
 from headrace.pipeline.schedule import SCHEDULES
 from headrace.pipeline.throughput import StageWork, data_parallel_period, period
+from headrace.pipeline.timeline import Work
 
 from ..assemble import make_settings
 from .workload import Batch, Workload
 
-__all__ = ["Costs", "Passes", "measure_layers", "measure_passes", "typical"]
+__all__ = ["Costs", "Passes", "beside_the_layers", "measure_layers", "measure_passes", "typical"]
 
 
 def measure_layers(work: Workload, samples: int) -> tuple[LayerCost, ...]:
@@ -94,6 +95,25 @@ def typical(measured: Sequence[tuple[LayerCost, ...]]) -> tuple[LayerCost, ...]:
     )
 
 
+def beside_the_layers(
+    timeline: Timeline, micro_batches: float, works: Sequence[StageWork], update_every: int
+) -> float:
+    """Seconds that a micro-batch cost a stage beside its layers, the mean over stages.
+
+    That is what the engine and its messages take, and what stages lose by working side by side.
+
+    Args:
+        micro_batches: in the timeline. works: of each stage, for one of them.
+        update_every: micro-batches to an update.
+    """
+    spent = [
+        timeline.seconds * (1 - timeline.share(stage, Work.WAIT, Work.DATA)) / micro_batches
+        - (work.forward + work.backward + work.update / update_every)
+        for stage, work in enumerate(works)
+    ]
+    return max(0.0, statistics.mean(spent))
+
+
 @dataclass(frozen=True)
 class Costs:
     """What was measured, and how a mini-batch's cost follows from the samples: a + b · samples.
@@ -103,6 +123,7 @@ class Costs:
         few: of a small micro-batch. small: the layers at that size.
         parameter_bytes: of all gradients.
         links: one a hop.
+        streaming, in_flushes: seconds that a micro-batch costs a stage beside its layers.
     """
 
     samples: int
@@ -112,6 +133,8 @@ class Costs:
     parameter_bytes: float
     links: tuple[Link, ...]
     passes: Passes = Passes()
+    streaming: float = 0.0
+    in_flushes: float = 0.0
 
     def stages(self, samples: float) -> list[StageWork]:
         """Each stage's work for a micro-batch of so many samples."""
@@ -134,15 +157,33 @@ class Costs:
             )
         return works
 
-    def stages_in_parts(self, parts: int, accumulated: int) -> list[StageWork]:
-        """Each stage's work for a micro-batch, a mini-batch being cut into so many.
+    def streamed(self, parts: int, update_every: int = 1, copies: int = 0) -> list[StageWork]:
+        """Each stage's work for a micro-batch of a stream, a mini-batch being cut into so many.
 
         Args:
-            accumulated: micro-batches to an update, whose gradients are added up.
+            copies: of the weights that each micro-batch makes on every stage but the last.
         """
+        works = self._accumulating(parts, update_every, self.streaming)
+        copying = [copies * self.passes.adding * size for size in self._weights_of_stages()]
+        copying[-1] = 0.0
+        return [
+            replace(work, forward=work.forward + seconds)
+            for work, seconds in zip(works, copying, strict=True)
+        ]
+
+    def flushed(self, parts: int) -> list[StageWork]:
+        """Each stage's work for a micro-batch, a mini-batch being cut into so many and flushed."""
+        return self._accumulating(parts, parts, self.in_flushes)
+
+    def _accumulating(self, parts: int, accumulated: int, engine: float) -> list[StageWork]:
+        # The gradients of the micro-batches to an update are added up.
         adding = (accumulated - 1) / accumulated * self.passes.adding
         return [
-            replace(work, backward=work.backward + adding * size)
+            replace(
+                work,
+                forward=work.forward + engine / 2,
+                backward=work.backward + engine / 2 + adding * size,
+            )
             for work, size in zip(
                 self.stages(self.samples / parts), self._weights_of_stages(), strict=True
             )
@@ -192,22 +233,15 @@ class Costs:
         update_every: int = 1,
         copies: int = 0,
     ) -> float:
-        """A stream.
-
-        Args:
-            copies: of the weights that each micro-batch makes on every stage but the last.
-        """
+        """A stream; see `streamed`."""
         parts = min(micro_batches, self.samples)
-        works = self.stages_in_parts(parts, update_every)
-        for j, size in enumerate(self._weights_of_stages()[:-1]):
-            copying = copies * self.passes.adding * size
-            works[j] = replace(works[j], forward=works[j].forward + copying)
+        works = self.streamed(parts, update_every, copies)
         stream = SCHEDULES["stream"]
         return self.samples / period(stream, works, self.links, slack, parts, update_every)
 
     def flushing(self, schedule: str, micro_batches: int) -> float:
         """GPipe or 1F1B."""
-        works = self.stages_in_parts(micro_batches, micro_batches)
+        works = self.flushed(micro_batches)
         seconds = period(SCHEDULES[schedule], works, self.links, 0, micro_batches)
         return self.samples / seconds
 

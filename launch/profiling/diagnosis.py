@@ -126,9 +126,12 @@ def _bottleneck(e: Evidence) -> str:
     work, slowest = e.partition.costs, _slowest(e)
     busy = e.busy[slowest]
     at_work = "" if math.isnan(busy) else f", at work {busy:.0%} of the time"
+    limits = "" if SCHEDULES[e.schedule].flushes or not e.links else "; computing limits, not links"
+    if _bandwidth(e) != NOTHING or _slack(e) != NOTHING:
+        limits = "; the links limit more"
     return (
         f"stage {slowest} is the bottleneck: {1e3 * work[slowest]:.2f} ms a micro-batch, "
-        f"{work[slowest] / sum(work):.0%} of all work{at_work}"
+        f"{work[slowest] / sum(work):.0%} of all work{at_work}{limits}"
     )
 
 

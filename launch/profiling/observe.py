@@ -1,8 +1,9 @@
 """Look at the configuration's stream, and at 1F1B beside it: timelines, links, shares of time."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice, pairwise
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from .costs import Passes, measure_passes
 from .systems.headrace import Flushing, Stream
 from .workload import Batch, Workload
 
-__all__ = ["Observation", "excerpt", "observe", "trace_kernels"]
+__all__ = ["Observation", "Recorded", "excerpt", "observe", "trace_kernels"]
 
 RECORDED = 12
 """Mini-batches in a recording, at least; more if they take less than half a second."""
@@ -27,23 +28,52 @@ SHOWN = 4
 
 
 @dataclass(frozen=True)
+class Recorded:
+    """A system's timeline, of its steady state.
+
+    Args:
+        parts: micro-batches of a mini-batch.
+    """
+
+    name: str
+    timeline: Timeline
+    parts: int
+
+    @cached_property
+    def micro_batches(self) -> float:
+        """How many it has, by the first stage's backwards; those at its ends in part."""
+        spans = [span for span in self.timeline.stages[0] if span.work is Work.BACKWARD]
+        whole = spans[1:-1] or spans
+        mean = sum(span.seconds for span in whole) / max(1, len(whole))
+        return sum(span.seconds for span in spans) / mean if mean else math.nan
+
+    @property
+    def mini_batches(self) -> float:
+        """How many it has."""
+        return self.micro_batches / self.parts
+
+
+@dataclass(frozen=True)
 class Observation:
     """What was seen; the same on every rank.
 
     Args:
-        timelines: of the stream's steady state, and of 1F1B's. batches: how many mini-batches each
-            of them has, the pieces at its ends counted as such.
-        slack: of each hop. busy, bubble: each stage's. data: the first stage's, with the loader.
+        stream: at work. flush: 1F1B, if it can be.
+        slack: of each hop. busy: each stage's share. data: the first stage's, with the loader.
     """
 
-    timelines: dict[str, Timeline]
-    batches: dict[str, float]
+    stream: Recorded
+    flush: Recorded | None
     links: list[Link]
     slack: list[int]
     busy: list[float]
-    bubble: list[float]
     data: float
     passes: Passes
+
+    @property
+    def recorded(self) -> list[Recorded]:
+        """What there is."""
+        return [each for each in (self.stream, self.flush) if each is not None]
 
 
 def observe(work: Workload, cut: Partition, weights: str, micro_batches: int) -> Observation:
@@ -59,44 +89,28 @@ def observe(work: Workload, cut: Partition, weights: str, micro_batches: int) ->
     stream.train(work.of_steps(stream.warm_up_steps()).batches)
     pipe = stream.pipe
     pipe.reset_shares()
-    timelines = {"stream": _record(pipe, batches)}
-    rows = pipe.statistics()
+    streamed = _record("stream", pipe, batches, work.config.pipeline.micro_batches)
+    busy = [row.busy for row in pipe.statistics()]
     slack = [a - b - 1 for a, b in pairwise(pipe.depths)]
     links = pipe.measure_links()
     data = _share_of_loading(work, pipe, count)
     stream.close()
-    parts = {"stream": work.config.pipeline.micro_batches}
+    flushed = None
     if micro_batches:
         name = f"1F1B, {micro_batches} micro-batches"
         flush = Flushing("1f1b")
         flush.build(work, cut, micro_batches)
         flush.train(batches[:3])
-        timelines[name], parts[name] = _record(flush.pipe, batches[: count // 2]), micro_batches
+        flushed = _record(name, flush.pipe, batches[: count // 2], micro_batches)
         flush.close()
-    return Observation(
-        timelines,
-        {name: _backwards(timeline) / parts[name] for name, timeline in timelines.items()},
-        links,
-        slack,
-        busy=[row.busy for row in rows],
-        bubble=[row.waiting for row in rows],
-        data=data,
-        passes=measure_passes(work, sum(p.nbytes for p in work.model().parameters())),
-    )
+    passes = measure_passes(work, sum(p.nbytes for p in work.model().parameters()))
+    return Observation(streamed, flushed, links, slack, busy, data, passes)
 
 
-def _record(pipe: Pipeline, batches: list[Batch]) -> Timeline:
+def _record(name: str, pipe: Pipeline, batches: list[Batch], parts: int) -> Recorded:
     with pipe.record() as recording:
         pipe.train(batches)
-    return recording.timeline.steady()
-
-
-def _backwards(timeline: Timeline) -> float:
-    """Micro-batches in a timeline, by the first stage's backwards; those at its ends in part."""
-    spans = [span for span in timeline.stages[0] if span.work is Work.BACKWARD]
-    whole = spans[1:-1] or spans
-    mean = sum(span.seconds for span in whole) / max(1, len(whole))
-    return sum(span.seconds for span in spans) / mean if mean else math.nan
+    return Recorded(name, recording.timeline.steady(), parts)
 
 
 def _share_of_loading(work: Workload, pipe: Pipeline, count: int) -> float:
@@ -108,18 +122,15 @@ def _share_of_loading(work: Workload, pipe: Pipeline, count: int) -> float:
     return pipe.statistics()[0].data
 
 
-def excerpt(timelines: Mapping[str, Timeline], batches: Mapping[str, float]) -> dict[str, Timeline]:
-    """Cut all to one length, out of their middles: `SHOWN` mini-batches of the slowest.
-
-    Args:
-        batches: how many mini-batches each timeline has.
-    """
-    seconds = SHOWN * max(t.seconds / batches[name] for name, t in timelines.items())
-    seconds = min([seconds, *(t.seconds for t in timelines.values())])
-    return {
-        name: t.window((t.seconds - seconds) / 2, (t.seconds + seconds) / 2)
-        for name, t in timelines.items()
-    }
+def excerpt(recorded: Sequence[Recorded]) -> dict[str, Timeline]:
+    """Cut all to one length, out of their middles: `SHOWN` mini-batches of the slowest."""
+    seconds = SHOWN * max(each.timeline.seconds / each.mini_batches for each in recorded)
+    seconds = min([seconds, *(each.timeline.seconds for each in recorded)])
+    windows = {}
+    for each in recorded:
+        middle = each.timeline.seconds / 2
+        windows[each.name] = each.timeline.window(middle - seconds / 2, middle + seconds / 2)
+    return windows
 
 
 def trace_kernels(work: Workload, cut: Partition, weights: str, path: Path) -> None:

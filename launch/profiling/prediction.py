@@ -52,23 +52,22 @@ def by_stages(costs: Costs, counts: Iterable[int] = STAGE_COUNTS) -> list[Curve]
     cut into as many micro-batches as is best for the schedules that flush.
     """
     counts = tuple(counts)
-    works = costs.stages(costs.samples)
+    works = costs.streamed(1)
     link = _slowest(costs.links, works[0].activation_bytes)
 
-    def repeat(parts: int, n: int) -> list[StageWork]:
-        each = costs.stages_in_parts(parts, parts)
+    def repeat(each: Sequence[StageWork], n: int) -> list[StageWork]:
         return [each[j % len(each)] for j in range(n)]
 
     def stream(slack: int) -> Callable[[int], float]:
-        return lambda n: period(SCHEDULES["stream"], repeat(1, n), [link] * (n - 1), slack)
+        return lambda n: period(SCHEDULES["stream"], repeat(works, n), [link] * (n - 1), slack)
 
     def chosen(n: int) -> float:
-        return min(stream(s)(n) for s in _uniform_slacks(repeat(1, n), link))
+        return min(stream(s)(n) for s in _uniform_slacks(repeat(works, n), link))
 
     def flushing(name: str) -> Callable[[int], float]:
         def best(n: int) -> float:
             return min(
-                period(SCHEDULES[name], repeat(m, n), [link] * (n - 1), 0, m)
+                period(SCHEDULES[name], repeat(costs.flushed(m), n), [link] * (n - 1), 0, m)
                 for m in _parts(costs.samples)
             )
 
@@ -79,7 +78,7 @@ def by_stages(costs: Costs, counts: Iterable[int] = STAGE_COUNTS) -> list[Curve]
         ways = {"stream, slack auto": chosen, **ways}
 
     def speed_up(n: int, seconds: float) -> float:
-        return sum(w.total for w in repeat(1, n)) / seconds
+        return sum(w.total for w in repeat(costs.stages(costs.samples), n)) / seconds
 
     return [
         Curve(name, tuple(map(float, counts)), tuple(speed_up(n, way(n)) for n in counts))
@@ -122,7 +121,7 @@ def by_bandwidth(costs: Costs, bandwidths: Iterable[float] = BANDWIDTHS) -> list
     for bandwidth in x:
         link = Link(latency, bandwidth)
         there = replace(costs, links=(link,) * len(costs.links))
-        slack = _uniform_slacks(there.stages(costs.samples), link)[0]
+        slack = _uniform_slacks(there.streamed(1), link)[0]
         rows["stream, slack auto"].append(there.stream(slack))
         rows["1F1B"].append(max(there.flushing("1f1b", m) for m in _parts(costs.samples)))
         rows["DDP"].append(there.data_parallel(link))

@@ -10,7 +10,7 @@ from ..config import Config, to_yaml
 from ..display import console
 from ..run_files import new_folder
 from .contest import Entry, hold
-from .costs import Costs, measure_layers, typical
+from .costs import Costs, beside_the_layers, measure_layers, typical
 from .observe import Observation, observe, trace_kernels
 from .options import Options
 from .report import Results, check_extras, tell, tell_plan, weights_of
@@ -90,14 +90,23 @@ def _best_parts(entries: Sequence[Entry]) -> int | None:
 def _costs(
     work: Workload, cut: Partition, layers: dict[int, tuple[LayerCost, ...]], seen: Observation
 ) -> Costs:
-    size = sum(p.nbytes for p in work.model().parameters())
     few = max(1, work.samples // 16)
-    return Costs(
+    costs = Costs(
         samples=work.samples,
         cut=replace(cut, layers=layers[work.samples]),
         few=few,
         small=layers[few],
-        parameter_bytes=float(size),
+        parameter_bytes=float(sum(p.nbytes for p in work.model().parameters())),
         links=tuple(seen.links),
         passes=seen.passes,
     )
+    stream, flush = seen.stream, seen.flush
+    works, every = costs.streamed(stream.parts), work.config.pipeline.update_every
+    costs = replace(
+        costs, streaming=beside_the_layers(stream.timeline, stream.micro_batches, works, every)
+    )
+    if flush is not None:
+        works = costs.flushed(flush.parts)
+        seconds = beside_the_layers(flush.timeline, flush.micro_batches, works, flush.parts)
+        costs = replace(costs, in_flushes=seconds)
+    return costs

@@ -150,11 +150,11 @@ def _evidence(found: Results) -> Evidence:
 def _tell_tables(found: Results, chosen: list[dict[str, Any]], out: Console) -> None:
     if found.work.is_emulated:
         out.print("EMULATED: layers that sleep, or links that wait")
-    stream = "stream"
+    stream = found.seen.stream
     for table in (
         comparison_table(chosen),
         stages_table(chosen),
-        time_table(found.seen.timelines[stream], found.seen.batches[stream]),
+        time_table(stream.timeline, stream.mini_batches),
     ):
         out.print(table)
         out.print()
@@ -182,10 +182,10 @@ def _tell_diagnosis(found: Results, diagnosis: Diagnosis, out: Console) -> None:
 
 
 def _show_timelines(found: Results, out: Console) -> None:
-    timelines = found.seen.timelines
-    trace = json.dumps(chrome_trace(timelines))
+    recorded = found.seen.recorded
+    trace = json.dumps(chrome_trace({each.name: each.timeline for each in recorded}))
     (found.folder / "timeline.json").write_text(trace, encoding="utf-8")
-    shown = excerpt(timelines, found.seen.batches)
+    shown = excerpt(recorded)
     if found.options.timeline == "text":
         out.print(f"\n{timelines_text(shown)}")
     else:
@@ -220,7 +220,7 @@ def _show_prediction(
 
 def _bits(bandwidth: float) -> str:
     bits = 8 * bandwidth
-    return f"{bits / 1e9:.3g} Gbit/s" if bits >= 1e9 else f"{bits / 1e6:.0f} Mbit/s"
+    return f"{bits / 1e9:,.1f} Gbit/s" if bits >= 1e9 else f"{bits / 1e6:.0f} Mbit/s"
 
 
 def _about(found: Results, diagnosis: Diagnosis) -> dict[str, Any]:

@@ -166,11 +166,11 @@ def curves_table(curves: Sequence[Curve]) -> Table:
 
 
 def _each(values: Sequence[Any], write: Any) -> str:
-    """Every stage's value; of many the first three and the last two."""
+    """Every stage's value; of many the first two and the last."""
     if all(value is None for value in values):
         return "-"
     shown = ["-" if value is None else write(value) for value in values]
-    return " ".join(shown if len(shown) <= 6 else [*shown[:3], "…", *shown[-2:]])
+    return " ".join(shown if len(shown) <= 4 else [*shown[:2], "…", shown[-1]])
 
 
 def _text(value: Any, form: str) -> str:

@@ -69,19 +69,20 @@ def rest(e: Evidence) -> tuple[str, ...]:
 def test_a_healthy_pipeline_has_a_bottleneck_and_nothing_to_mend() -> None:
     found = diagnose(stages(4, 4))
     bottleneck = "stage 0 is the bottleneck: 4.00 ms a micro-batch, 50% of all work, at work 95% of"
-    assert found == Diagnosis((f"{bottleneck} the time", FINE), {})
+    assert found == Diagnosis((f"{bottleneck} the time; computing limits, not links", FINE), {})
 
 
 def test_the_bottleneck_is_the_slowest_of_several() -> None:
     assert diagnose(stages(1, 3, 2, busy=[0.3, 0.91, 0.6])).lines[0] == (
-        "stage 1 is the bottleneck: 3.00 ms a micro-batch, 50% of all work, at work 91% of the time"
+        "stage 1 is the bottleneck: 3.00 ms a micro-batch, 50% of all work, at work 91% of the "
+        "time; computing limits, not links"
     )
 
 
 def test_what_is_not_known_is_not_said() -> None:
     found = diagnose(stages(4, 4, busy=[math.nan] * 2))
     bottleneck = "stage 0 is the bottleneck: 4.00 ms a micro-batch, 50% of all work"
-    assert found == Diagnosis((bottleneck, NOT_FOUND), {})
+    assert found == Diagnosis((f"{bottleneck}; computing limits, not links", NOT_FOUND), {})
 
 
 @pytest.mark.parametrize(("busy", "line"), [(0.9, FINE), (0.89, NOT_FOUND)])
@@ -163,6 +164,7 @@ def test_slack_that_hides_the_latency_is_advised_and_enough() -> None:
         "pipeline.slack to [1] (stage 0's gradients are then 2 updates old, not 1)",
     )
     assert found.fixes == {"pipeline.slack": [1]}
+    assert found.lines[0].endswith("; the links limit more")
     assert rest(after(slow, found)) == (FINE,)
 
 

@@ -5,10 +5,12 @@ from dataclasses import replace
 
 import pytest
 
-from headrace.launch.profiling.costs import Costs, Passes, typical
+from headrace.launch.profiling.costs import Costs, Passes, beside_the_layers, typical
 from headrace.launch.profiling.prediction import Curve, by_bandwidth, by_stages, winners
-from headrace.pipeline import Link
+from headrace.pipeline import Link, Timeline
 from headrace.pipeline.partition import LayerCost, Partition
+from headrace.pipeline.throughput import StageWork
+from headrace.pipeline.timeline import Span, Work
 
 
 def layer(forward: float, backward: float, update: float = 0.0, size: int = 0) -> LayerCost:
@@ -53,6 +55,18 @@ def test_passes_over_memory() -> None:
     assert c.stream(0, copies=1) == pytest.approx(8 / 4.5), "on the first stage alone"
     assert c.stream(0, 4, 4) == pytest.approx(8 / (3.5 + 3)), "4 gradients are added to one"
     assert c.flushing("gpipe", 2) == pytest.approx(8 / (3 * (1.5 + 0.5) + 0.5))
+
+
+def test_what_a_micro_batch_costs_beside_its_layers() -> None:
+    """Two micro-batches in 10 s: one stage waits for 2 of them, and has 3 s of work for each."""
+    waits = [Span(Work.FORWARD, 0, 0, 8), Span(Work.WAIT, 0, 8, 10)]
+    timeline = Timeline((tuple(waits), (Span(Work.FORWARD, 0, 0, 10),)))
+    works = [StageWork(1.0, 1.5, 1.0), StageWork(2.0, 2.0, 0.0)]
+    assert beside_the_layers(timeline, 2, works, 2) == pytest.approx(((4 - 3) + (5 - 4)) / 2)
+    assert beside_the_layers(timeline, 4, works, 2) == 0.0, "never less than nothing"
+    c = replace(costs(), streaming=0.5, in_flushes=0.25)
+    assert c.stream(0) == pytest.approx(8 / (3.5 + 0.5))
+    assert c.flushing("1f1b", 2) == pytest.approx(8 / (3 * (1.5 + 0.25) + 0.5))
 
 
 def test_the_typical_cost_is_each_layers_median() -> None:
