@@ -20,7 +20,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from .components import Component, check, did_you_mean, find
 from .strict_yaml import dump, load, load_file
 
-__all__ = ["Config", "Data", "PipelineOptions", "find_file", "parse", "to_yaml"]
+__all__ = ["Config", "Data", "PipelineOptions", "find_file", "parse", "read_overrides", "to_yaml"]
 
 _OWN = Path(__file__).with_name("configs")
 
@@ -115,7 +115,7 @@ def parse(arguments: Sequence[str]) -> Config:
     if {"-h", "--help"} & set(arguments):
         print(_help())
         raise SystemExit(0)
-    overrides = list(_overrides(arguments))
+    overrides = list(read_overrides(arguments))
     file = next((value for key, value in overrides if key == "config"), None)
     tree: dict[str, Any] = {}
     if file is not None:
@@ -157,7 +157,12 @@ def _tree(value: Any) -> Any:
 # The command line ---------------------------------------------------------------------------
 
 
-def _overrides(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
+def read_overrides(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Keys and values of a command line.
+
+    Raises:
+        ValueError: something in it is neither.
+    """
     remaining = iter(arguments)
     for argument in remaining:
         if not argument.startswith("--") or argument == "--":

@@ -8,7 +8,7 @@ from typing import NoReturn
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-__all__ = ["hear", "processes", "rank", "refuse", "tell"]
+__all__ = ["check_stages", "hear", "processes", "rank", "refuse", "tell"]
 
 _PATIENCE = timedelta(seconds=60)
 
@@ -21,6 +21,20 @@ def rank() -> int:
 def processes() -> int | None:
     """How many torchrun started; None without torchrun."""
     return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else None
+
+
+def check_stages(stages: int | None) -> None:
+    """Compare a configuration's number of stages with torchrun's processes.
+
+    Raises:
+        ValueError: they differ.
+    """
+    started = processes()
+    if started is not None and stages not in (None, started):
+        raise ValueError(
+            f"stages: {stages}, but torchrun started {started} processes: start it with"
+            f" --nproc-per-node {stages}, or write --stages {started}"
+        )
 
 
 def tell(name: str, value: str) -> None:

@@ -17,11 +17,12 @@ import torch
 
 from headrace.pipeline import Link
 
-from .config import Config, find_file, parse
+from .config import Config, find_file, parse, read_overrides
 from .profiling.options import Options
 from .profiling.profiler import prepare, profile
 from .profiling.systems import DEFAULT_ROWS, SYSTEMS
-from .ranks import processes, refuse
+from .ranks import check_stages, processes, refuse
+from .strict_yaml import load
 
 __all__ = ["main", "parse_command"]
 
@@ -45,7 +46,7 @@ def parse_command(arguments: Sequence[str]) -> tuple[Config, Options]:
         ValueError: one of them cannot be.
     """
     own, rest = _parser().parse_known_args(list(arguments))
-    if processes() is None:
+    if (processes() or 1) < 2:
         raise ValueError(
             "throughput compares systems over several processes: start it with torchrun "
             "--nproc-per-node N -m headrace.launch.throughput --config FILE"
@@ -58,12 +59,19 @@ def parse_command(arguments: Sequence[str]) -> tuple[Config, Options]:
     unknown = [row for row in own.rows if row not in SYSTEMS]
     if unknown:
         raise ValueError(f"--rows {unknown[0]}: there is no such row; write {', '.join(SYSTEMS)}")
+    if own.out is not None and (own.out / "table.json").exists():
+        raise ValueError(
+            f"--out {own.out}: an earlier run's results are there; give another folder"
+        )
     milliseconds = own.link_latency_ms
     if milliseconds is not None and not 0 <= milliseconds < math.inf:
         raise ValueError(f"--link-latency-ms {milliseconds}: give milliseconds, 0 or more")
     if own.out is not None and own.out.exists() and not own.out.is_dir():
         raise ValueError(f"--out {own.out}: there is a file of that name; give a folder")
-    return parse(rest), Options(
+    config = parse(rest)
+    check_stages(config.stages)
+    keys = {k: load(v) for k, v in read_overrides(rest) if k != "config"}
+    return config, Options(
         rows=own.rows,
         rounds=own.rounds,
         steps=own.steps,
@@ -73,6 +81,7 @@ def parse_command(arguments: Sequence[str]) -> tuple[Config, Options]:
         predicts=own.predict,
         fixes=_file_to_fix(rest, own.out) if own.fix else None,
         timeline=own.timeline,
+        overrides=keys,
         torch_profiler=own.torch_profiler,
     )
 
@@ -105,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
         "--timeline",
         choices=["picture", "text", "none"],
         default="picture",
-        help="what every stage does when: a trace and pictures, text as well, or nothing",
+        help="what every stage does when: a trace, and pictures or letters; or nothing",
     )
     add("--torch-profiler", action="store_true", help="write torch.profiler's trace of each rank")
     return parser

@@ -28,7 +28,7 @@ from .assemble import (
 )
 from .config import Config, parse
 from .journal import Journal
-from .ranks import hear, processes, rank, refuse, tell
+from .ranks import check_stages, hear, rank, refuse, tell
 
 __all__ = ["main"]
 
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         signal.signal(number, _stop)
     try:
         config = parse(sys.argv[1:] if arguments is None else arguments)
-        _check_processes(config)
+        check_stages(config.stages)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         data = _make_data(config)
@@ -65,15 +65,6 @@ def _stop(number: int, frame: FrameType | None) -> None:
     if rank() == 0:
         sys.stderr.write(f"headrace: stopped by {signal.Signals(number).name}\n")
     raise SystemExit(128 + number)
-
-
-def _check_processes(config: Config) -> None:
-    started = processes()
-    if started is not None and config.stages not in (None, started):
-        raise ValueError(
-            f"stages: {config.stages}, but torchrun started {started} processes: start it with"
-            f" --nproc-per-node {config.stages}, or write --stages {started}"
-        )
 
 
 @dataclass(frozen=True)

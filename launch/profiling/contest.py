@@ -3,11 +3,13 @@
 import io
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass, field
 
+from headrace.pipeline.errors import first_line
 from headrace.pipeline.partition import Partition
 
 from .memory import PeakMemory
@@ -73,13 +75,25 @@ def hold(
                 watch(entry, k)
                 # What a pipeline says of itself, it says once.
                 with nullcontext() if k == 0 else redirect_stdout(io.StringIO()):
-                    _measure(work, cut, entry)
+                    _measure_or_say(work, cut, entry)
         between()
     return entries
 
 
 def _counts(system: System, work: Workload, counts: Iterable[int]) -> list[int | None]:
     return [*counts] if system.cuts_mini_batches else [None]
+
+
+def _measure_or_say(work: Workload, cut: Partition, entry: Entry) -> None:
+    """Say which row an error is of, unless a pipeline of it has said more."""
+    try:
+        _measure(work, cut, entry)
+    except Exception as error:
+        if not getattr(error, "headrace_reported", False):
+            what = f"{type(error).__name__}: {first_line(error)}"
+            sys.stderr.write(f"headrace: row {entry.system} failed on rank {work.rank}: {what}\n")
+            sys.stderr.flush()
+        raise
 
 
 def _measure(work: Workload, cut: Partition, entry: Entry) -> None:

@@ -205,8 +205,8 @@ def _loader(e: Evidence) -> Finding:
         return NOTHING
     more = f"more than {e.workers}" if e.workers else "2 or more"
     return (
-        f"the first stage waits for its loader {e.data:.0%} of the time: set data.workers to "
-        f"{more}, or load less per sample",
+        f"reading the data as configured, which the tables leave out, takes {e.data:.0%} of the "
+        f"first stage's time: set data.workers to {more}, or load less per sample",
         {},
     )
 

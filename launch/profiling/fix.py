@@ -31,9 +31,12 @@ def write_fixed(source: Path, fixes: Mapping[str, Any], target: Path) -> None:
         *parents, name = key.split(".")
         place = tree
         for parent in parents:
-            if not isinstance(place.get(parent), dict):
+            held = place.get(parent)
+            if not isinstance(held, dict):
                 _set(place, parent, type(place)())
                 place[parent].fa.set_flow_style()
+                if isinstance(held, str):  # `optimizer: SGD`, and now one of its arguments
+                    place[parent]["class_path"] = held
             place = place[parent]
         _set(place, name, value)
     with target.open("x", encoding="utf-8") as file:

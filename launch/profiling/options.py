@@ -1,8 +1,9 @@
 """What the command line asks of a profile."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from headrace.pipeline import Link
 
@@ -17,7 +18,8 @@ class Options:
         steps: None is about a second's.
         out: None is a new folder.
         link: emulated; None is the machine's own.
-        fixes: the file to write the advised configuration into a copy of.
+        fixes: the file to write the advised configuration into a copy of. overrides: the keys on
+            the command line, which go into it as well.
     """
 
     rows: Sequence[str]
@@ -28,5 +30,6 @@ class Options:
     link: Link | None
     predicts: bool
     fixes: Path | None
+    overrides: Mapping[str, Any]
     timeline: str
     torch_profiler: bool

@@ -177,7 +177,7 @@ def _tell_diagnosis(found: Results, diagnosis: Diagnosis, out: Console) -> None:
         out.print("--fix: nothing to change")
     elif source is not None:
         target = found.folder / f"{source.stem}-fixed.yaml"
-        write_fixed(source, diagnosis.fixes, target)
+        write_fixed(source, {**found.options.overrides, **diagnosis.fixes}, target)
         out.print(f"--fix: {target}")
 
 
@@ -220,7 +220,7 @@ def _show_prediction(
 
 def _bits(bandwidth: float) -> str:
     bits = 8 * bandwidth
-    return f"{bits / 1e9:,.1f} Gbit/s" if bits >= 1e9 else f"{bits / 1e6:.0f} Mbit/s"
+    return f"{bits / 1e9:,.4g} Gbit/s" if bits >= 1e9 else f"{bits / 1e6:.0f} Mbit/s"
 
 
 def _about(found: Results, diagnosis: Diagnosis) -> dict[str, Any]:

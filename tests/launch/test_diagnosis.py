@@ -247,10 +247,11 @@ def test_what_is_advised_leaves_nothing_more_to_advise() -> None:
 def test_a_slow_loader_is_named() -> None:
     found = diagnose(stages(4, 4, data=0.25))
     assert found.lines[1:] == (
-        "the first stage waits for its loader 25% of the time: set data.workers to 2 or more, or "
-        "load less per sample",
+        "reading the data as configured, which the tables leave out, takes 25% of the first "
+        "stage's time: set data.workers to 2 or more, or load less per sample",
     )
     assert found.fixes == {}
+    assert "to more than 4, or" in rest(stages(4, 4, data=0.25, workers=4))[0]
     assert rest(stages(4, 4, data=0.021)) != (FINE,)
     for little in (0.0, 0.02, math.nan):
         assert rest(stages(4, 4, data=little)) == (FINE,)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from headrace.launch.components import Component
 from headrace.launch.config import find_file, parse
@@ -181,3 +182,13 @@ def test_every_configuration_of_ours_can_be_fixed_and_read(
     text = source.read_text()
     kept = [line for line in text.splitlines() if not line.startswith("  rule: ")]
     assert [line for line in target.read_text().splitlines() if line in kept] == kept
+
+
+def test_a_plain_name_keeps_its_place_when_an_argument_comes(tmp_path: Path) -> None:
+    source, target = tmp_path / "a.yaml", tmp_path / "b.yaml"
+    source.write_text("optimizer: SGD  # plain\nstages: 2\n")
+    write_fixed(source, {"optimizer.init_args.lr": 0.5, "stages": 3}, target)
+    assert yaml.safe_load(target.read_text()) == {
+        "optimizer": {"class_path": "SGD", "init_args": {"lr": 0.5}},
+        "stages": 3,
+    }

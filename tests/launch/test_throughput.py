@@ -18,6 +18,52 @@ from headrace.launch.throughput import main, parse_command
 
 pytestmark = pytest.mark.timeout(180)
 
+ODD = """\
+threads: 1
+model: {class_path: odd_layers.build}
+loss: odd_layers.loss
+optimizer: SGD
+data:
+  train: {class_path: Generated, init_args: {shape: [8], classes: 8, samples: 40}}
+  batch_size: 8
+"""
+
+LAYERS = """\
+import torch
+from torch import nn
+
+
+class Two(nn.Module):
+    def forward(self, x):
+        return x, 2 * x
+
+
+class One(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(8, 1)
+
+    def forward(self, pair):
+        return self.inner(pair[0] + pair[1]).sum(1)
+
+
+class Breaks(nn.Module):
+    def forward(self, x):
+        if x.requires_grad and torch.is_grad_enabled() and len(x) == 8:
+            Breaks.calls = getattr(Breaks, "calls", 0) + 1
+            if Breaks.calls > 20:
+                raise RuntimeError("enough")
+        return x
+
+
+def build(breaks=False):
+    return nn.Sequential(nn.Linear(8, 8), Two(), One(), *([Breaks()] if breaks else []))
+
+
+def loss(output, target):
+    return (output - target).square().mean()
+"""
+
 CONFIG = """\
 # A comment that is kept.
 threads: 1
@@ -177,8 +223,8 @@ def test_a_bad_cut_is_found_and_mended(profile: Run) -> None:
 
 
 def test_what_to_set_behind_slow_links(slow_links: Run) -> None:
-    """5 ms each way are hidden by 2 more micro-batches of 6 ms in flight, 10/6 rounded up; on a busy
-    machine a hop may look longer, and a micro-batch too.
+    """5 ms each way are hidden by 2 more micro-batches of 6 ms in flight, 10/6 rounded up. On a
+    busy machine a hop may look longer, and a micro-batch too.
     """
     (slack,) = slow_links.table["fixes"]["pipeline.slack"]
     assert 1 <= slack <= 4
@@ -196,6 +242,26 @@ def test_emulated_is_said_everywhere(slow_links: Run) -> None:
         assert {line["emulated"] for line in csv.DictReader(file)} == {"True"}
     assert "EMULATED" in (slow_links.folder / "speed-up.svg").read_text()
     assert json.loads((slow_links.folder / "prediction.json").read_text())["emulated"] is True
+
+
+# Models of other kinds -----------------------------------------------------------------------
+
+
+def test_layers_that_pass_tuples(tmp_path: Path) -> None:
+    (tmp_path / "odd_layers.py").write_text(LAYERS)
+    rows = ["stream:stash", "torch-1f1b", "ddp"]
+    options = ["--pipeline.balance", "[2, 1]", "--rounds", "1", "--steps", "5", "--out", "out"]
+    more = ["--micro-batches", "2", "--timeline", "none", "--rows", *rows]
+    done = run(tmp_path, ODD, *options, *more)
+    assert [row["not_run"] for row in done.table["rows"]] == [None] * 3
+
+
+def test_a_row_that_fails_is_named(tmp_path: Path) -> None:
+    (tmp_path / "odd_layers.py").write_text(LAYERS)
+    options = ["--pipeline.balance", "[2, 2]", "--rounds", "1", "--model.init_args.breaks", "true"]
+    done = start(tmp_path, ODD, *options, "--steps", "30", "--rows", "one-device")
+    assert done.returncode != 0
+    assert "headrace: row one-device failed on rank 0: RuntimeError: enough" in done.stderr
 
 
 # Timelines -----------------------------------------------------------------------------------
@@ -224,11 +290,11 @@ def test_pictures(profile: Run, name: str) -> None:
 
 
 def test_a_timeline_in_letters(slow_links: Run) -> None:
-    """F takes 2 ms and B 4 ms of each stage's time, of which the terminal shows a part."""
+    """Forwards, backwards, and waits for messages that take 5 ms."""
     rows = re.findall(r"^stage [01] +\|([FBu.d ]+)\|", slow_links.out, re.M)
     assert len(rows) == 4, "two stages of the stream, and two of 1F1B"
     for row in rows:
-        assert row.count("B") > row.count("F") > 0
+        assert min(row.count(letter) for letter in "FB.") >= 5, row
     assert not (slow_links.folder / "timeline.png").exists()
 
 
@@ -285,6 +351,7 @@ def test_without_torchrun(capsys: pytest.CaptureFixture[str]) -> None:
         (["--micro-batches", "2", "0"], "--micro-batches 0: give whole numbers from 1 on"),
         (["--link-latency-ms", "-3"], "--link-latency-ms -3.0: give milliseconds, 0 or more"),
         (["--pipline.slack", "1"], "unknown key pipline (did you mean pipeline?)"),
+        (["--stages", "3"], "stages: 3, but torchrun started 2 processes: start it with"),
         (["--out", __file__], f"--out {__file__}: there is a file of that name; give a folder"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
@@ -307,6 +374,16 @@ def test_nothing_is_written_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     (tmp_path / "dnn-fixed.yaml").touch()
     with pytest.raises(ValueError, match=r"--fix: .*dnn-fixed.yaml exists: give another --out"):
         parse_command(command)
+    (tmp_path / "table.json").touch()
+    with pytest.raises(ValueError, match=r"--out .*: an earlier run's results are there"):
+        parse_command(command)
+
+
+def test_one_rank_has_nothing_to_compare(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(ValueError, match="compares systems over several processes"):
+        parse_command(["--config", "dnn"])
 
 
 def test_a_refusal_is_one_line(tmp_path: Path) -> None:

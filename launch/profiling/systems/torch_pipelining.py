@@ -6,7 +6,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch.distributed.pipelining as torch_pipelining
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 
 from headrace.pipeline.partition import Partition, cut
@@ -61,7 +61,7 @@ class Straight(System):
             module = model[bounds[index] : bounds[index + 1]].to(work.device)
             modules.append(module)
             self._last = self._last or index == stages - 1
-            stage = PipelineStage(module, index, stages, work.device)
+            stage = PipelineStage(_Joined(module), index, stages, work.device)
             for name in _WORK:
                 setattr(stage, name, self._timed(getattr(stage, name)))
             self._stages.append(stage)
@@ -114,6 +114,17 @@ class Straight(System):
 
     def close(self) -> None:
         del self._schedule, self._stages, self._optimizers
+
+
+class _Joined(nn.Module):
+    """torch hands the tensors of a tuple over one by one; our layers take it as it is."""
+
+    def __init__(self, layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, *x: Tensor) -> Any:
+        return self.layers(x[0] if len(x) == 1 else x)
 
 
 class Interleaved(Straight):
