@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from headrace.pipeline.partition import LayerCost, Partition
+from headrace.pipeline.partition import LayerCost, Partition, check_model
 
 from ..config import Config, to_yaml
 from ..display import console
@@ -28,6 +28,7 @@ def prepare(config: Config, options: Options) -> tuple[Workload, Partition]:
     """
     check_extras(options)
     work = Workload.load(config, options.link)
+    check_model(work.model(), work.ranks)
     cut = work.cut(measure_layers(work, _sizes(work, options)[0]))
     return work.of_steps(options.steps or work.steps_of_a_second(cut)), cut
 

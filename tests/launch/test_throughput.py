@@ -387,10 +387,18 @@ def test_one_rank_has_nothing_to_compare(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_refusal_is_one_line(tmp_path: Path) -> None:
-    done = start(tmp_path, CONFIG, "--data.batch_size", "1000")
-    assert done.returncode != 0
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("headrace: ")]
-    assert line.startswith("headrace: data.train: 160 samples make no mini-batch of 1000")
+    for option, value, said in (
+        ("--data.batch_size", "1000", "data.train: 160 samples make no mini-batch of 1000"),
+        (
+            "--model",
+            "{class_path: emulated, init_args: {layers: 1}}",
+            "1 layers cannot make 2 stage",
+        ),
+    ):
+        done = start(tmp_path, CONFIG, option, value)
+        assert done.returncode != 0
+        (line,) = [line for line in done.stderr.splitlines() if line.startswith("headrace: ")]
+        assert line.startswith(f"headrace: {said}")
 
 
 def test_rows_have_names() -> None:
