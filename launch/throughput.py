@@ -10,7 +10,6 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -70,7 +69,8 @@ def parse_command(arguments: Sequence[str]) -> tuple[Config, Options]:
         raise ValueError(f"--out {own.out}: there is a file of that name; give a folder")
     config = parse(rest)
     check_stages(config.stages)
-    keys = {k: load(v) for k, v in read_overrides(rest) if k != "config"}
+    keys = dict(read_overrides(rest))
+    file = keys.pop("config", None)
     return config, Options(
         rows=own.rows,
         rounds=own.rounds,
@@ -79,9 +79,9 @@ def parse_command(arguments: Sequence[str]) -> tuple[Config, Options]:
         out=own.out,
         link=None if milliseconds is None else Link(latency=milliseconds / 1000),
         predicts=own.predict,
-        fixes=_file_to_fix(rest, own.out) if own.fix else None,
+        fixes=_file_to_fix(file, own.out) if own.fix else None,
         timeline=own.timeline,
-        overrides=keys,
+        overrides={key: load(value) for key, value in keys.items()},
         torch_profiler=own.torch_profiler,
     )
 
@@ -120,20 +120,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _file_to_fix(arguments: Sequence[str], out: Path | None) -> Path:
+def _file_to_fix(file: str | None, out: Path | None) -> Path:
     """The configuration's file, a copy of which can be written."""
-    given = [a.partition("=")[2] or b for a, b in pairwise([*arguments, ""]) if _is_config(a)]
-    if not given:
+    if file is None:
         raise ValueError("--fix writes into a copy of the YAML file: give one with --config FILE")
-    source = find_file(given[-1])
+    source = find_file(file)
     target = (out or Path()) / f"{source.stem}-fixed.yaml"
     if out is not None and target.exists():
         raise ValueError(f"--fix: {target} exists: give another --out, or move it away")
     return source
-
-
-def _is_config(argument: str) -> bool:
-    return argument == "--config" or argument.startswith("--config=")
 
 
 if __name__ == "__main__":

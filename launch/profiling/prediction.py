@@ -18,6 +18,7 @@ from .costs import Costs
 
 __all__ = [
     "BANDWIDTHS",
+    "COPIES",
     "STAGE_COUNTS",
     "Curve",
     "by_bandwidth",

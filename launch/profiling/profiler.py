@@ -13,6 +13,7 @@ from .contest import Entry, hold
 from .costs import Costs, beside_the_layers, measure_layers, typical
 from .observe import Observation, observe, trace_kernels
 from .options import Options
+from .prediction import COPIES
 from .report import Results, check_extras, tell, tell_plan, weights_of
 from .workload import Workload
 
@@ -59,7 +60,7 @@ def profile(work: Workload, cut: Partition, options: Options) -> None:
         trace_kernels(work, cut, weights, folder / f"torch-profiler-rank{work.rank}.json")
         work.barrier()
     if work.rank == 0:
-        costs = _costs(work, cut, layers, seen) if options.predicts else None
+        costs = _costs(work, cut, layers, seen, weights) if options.predicts else None
         cut = replace(cut, layers=next(iter(layers.values())))
         tell(Results(work, cut, options, folder, entries, seen, costs), out)
 
@@ -89,7 +90,11 @@ def _best_parts(entries: Sequence[Entry]) -> int | None:
 
 
 def _costs(
-    work: Workload, cut: Partition, layers: dict[int, tuple[LayerCost, ...]], seen: Observation
+    work: Workload,
+    cut: Partition,
+    layers: dict[int, tuple[LayerCost, ...]],
+    seen: Observation,
+    weights: str,
 ) -> Costs:
     few = max(1, work.samples // 16)
     costs = Costs(
@@ -102,7 +107,8 @@ def _costs(
         passes=seen.passes,
     )
     stream, flush = seen.stream, seen.flush
-    works, every = costs.streamed(stream.parts), work.config.pipeline.update_every
+    every = work.config.pipeline.update_every
+    works = costs.streamed(stream.parts, every, COPIES.get(f"stream:{weights}", 0))
     costs = replace(
         costs, streaming=beside_the_layers(stream.timeline, stream.micro_batches, works, every)
     )

@@ -60,14 +60,10 @@ class Workload:
         """Meet the other ranks, and read the first mini-batches.
 
         Raises:
-            ValueError: not started by torchrun, or the data gives no full mini-batch.
+            ValueError: the data gives no full mini-batch.
         """
         world = meet()
-        if world is None:
-            raise ValueError(
-                "throughput compares systems over several processes: start it with torchrun "
-                "--nproc-per-node N -m headrace.launch.throughput --config FILE"
-            )
+        assert world is not None, "the command has refused to run without torchrun"
         data = config.data
         full = replace(config, data=replace(data, drop_last=True, workers=0))
         loader = make_loader(full, "data.train", data.train)
@@ -131,10 +127,9 @@ class Workload:
         dist.all_gather_object(values, value)
         return values
 
-    def cut(self, layers: Iterable[LayerCost], stages: int | None = None) -> Partition:
-        """As the configuration's balance says; for another number of stages, by time."""
-        balance = self.config.pipeline.balance if stages is None else "time"
-        return partition(self.model(), stages or self.ranks, balance, tuple(layers))
+    def cut(self, layers: Iterable[LayerCost]) -> Partition:
+        """As the configuration's balance says."""
+        return partition(self.model(), self.ranks, self.config.pipeline.balance, tuple(layers))
 
     def count_samples(self, batch: Batch) -> int:
         """The samples of a mini-batch."""
