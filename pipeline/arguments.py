@@ -9,10 +9,17 @@ from torch import nn
 from .link import Link
 from .loss import name_of
 from .rules import Rule
-from .schedule import SCHEDULES
+from .schedule import SCHEDULES, Schedule
 from .world import World
 
-__all__ = ["check_choices", "check_counts", "check_kinds", "check_timeout", "choose_stages"]
+__all__ = [
+    "check_choices",
+    "check_counts",
+    "check_kinds",
+    "check_rules",
+    "check_timeout",
+    "choose_stages",
+]
 
 
 def choose_stages(stages: int | None, world: World | None) -> int:
@@ -67,11 +74,13 @@ def check_kinds(
     rule: Any, slack: Any, autocast: Any, device: str | torch.device | None, emulated_link: Any
 ) -> None:
     """Refuse objects that are not what their names say."""
-    if rule is not None and not isinstance(rule, Rule):
-        raise TypeError(
-            f"rule={rule!r}: give an object, as in rule=Delayed('stash') with "
-            "from headrace.pipeline.rules import Delayed"
-        )
+    rules = rule if isinstance(rule, list | tuple) else [] if rule is None else [rule]
+    for each in rules:
+        if not isinstance(each, Rule):
+            raise TypeError(
+                f"rule={each!r}: give an object, or a list of one for each stage, as in "
+                "rule=Delayed('stash') with from headrace.pipeline.rules import Delayed"
+            )
     if isinstance(slack, str) and slack != "auto":
         raise ValueError(f"slack={slack!r}: give a whole number, one for each hop, or 'auto'")
     if not isinstance(slack, str | Sequence) and type(slack) is not int:
@@ -87,6 +96,33 @@ def check_kinds(
         torch.device("cpu" if device is None else device)
     except RuntimeError as error:
         raise ValueError(f"device={device!r}: write 'cpu', 'cuda' or 'cuda:0'") from error
+
+
+def check_rules(rules: Sequence[Rule], schedule: Schedule, stages: int, slack: Any) -> None:
+    """Refuse rules that cannot be right, alone or beside each other."""
+    if len(rules) != stages:
+        raise ValueError(
+            f"rule= is a list of {len(rules)}, for {stages} stages: give one for each stage, or a "
+            "single one for all"
+        )
+    for rule in rules:
+        rule.check(schedule, stages)
+    if len({rule.synthesizes_inputs for rule in rules[1:]}) > 1:
+        raise ValueError(
+            "inputs='synthetic' on some stages only: with it every stage takes the network's input "
+            "from the first stage directly; give it to all stages, or to none"
+        )
+    late = [j for j, rule in enumerate(rules[:-1]) if rule.ahead is None]
+    if slack == "auto" and len(late) < stages - 1:
+        raise ValueError(
+            "slack='auto' is for stages that all wait for their gradients; under this rule some do "
+            "not: write a number"
+        )
+    if slack not in (0, "auto") and stages > 1 and not late and not schedule.flushes:
+        raise ValueError(
+            f"slack={slack!r} hides links from stages that wait for their gradients; under this "
+            "rule none does: leave it out (a rule's own lag or ahead is what hides them there)"
+        )
 
 
 def check_counts(micro_batches: int, update_every: int, clip_grad_norm: float | None) -> None:

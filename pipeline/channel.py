@@ -54,9 +54,11 @@ class Outbox:
 
 @dataclass
 class Links:
-    """One stage's four channels; those that lead out of the pipeline are None.
+    """One stage's channels; those that lead out of the pipeline are None.
 
     Args:
+        from_first, to_others: straight from the first stage to every other, where stages do not
+            wait for the one before (full unlock); else there are none.
         recorder: of the stage's time, which the channels share with its engine.
     """
 
@@ -64,21 +66,26 @@ class Links:
     to_downstream: Outbox | None = None
     from_downstream: Inbox | None = None
     to_upstream: Outbox | None = None
+    from_first: Inbox | None = None
+    to_others: list[Outbox] = field(default_factory=list)
     recorder: Recorder = field(default_factory=Recorder)
+
+    @property
+    def _outboxes(self) -> list[Outbox]:
+        every = (self.to_downstream, self.to_upstream, *self.to_others)
+        return [outbox for outbox in every if outbox is not None]
 
     def flush(self) -> bool:
         """Try again what could not be sent at once; whether nothing is left."""
-        outboxes = (self.to_downstream, self.to_upstream)
-        return all([outbox.flush() for outbox in outboxes if outbox is not None])
+        return all([outbox.flush() for outbox in self._outboxes])
 
     def close(self) -> None:
-        """Say goodbye to both neighbours and wait until they have said so too."""
-        outboxes = [box for box in (self.to_downstream, self.to_upstream) if box is not None]
-        for outbox in outboxes:
+        """Say goodbye to the stages it is connected with, and wait until they have said so too."""
+        for outbox in self._outboxes:
             outbox.send(Message(Kind.CLOSE))
-        for outbox in outboxes:
+        for outbox in self._outboxes:
             outbox.leave(GOODBYE)
-        for inbox in (self.from_upstream, self.from_downstream):
+        for inbox in (self.from_upstream, self.from_downstream, self.from_first):
             if inbox is not None:
                 inbox.leave(GOODBYE)
 
@@ -103,11 +110,15 @@ def _copy(tensor: Tensor) -> Tensor:
     return copy.requires_grad_(tensor.requires_grad)
 
 
-def connect_locally(stages: int) -> list[Links]:
-    """Connect n stages of one process."""
+def connect_locally(stages: int, directly: bool = False) -> list[Links]:
+    """Connect n stages of one process; `directly`: also the first with every other."""
     links = [Links() for _ in range(stages)]
     for above, below in pairwise(links):
         down, up = LocalChannel(), LocalChannel()
         above.to_downstream, below.from_upstream = down, down
         above.from_downstream, below.to_upstream = up, up
+    for below in links[1:] if directly else ():
+        straight = LocalChannel()
+        links[0].to_others.append(straight)
+        below.from_first = straight
     return links

@@ -6,15 +6,20 @@ another stage's turn in the same process, or a sleep until a neighbour's message
 
 The first stage's upstream is its caller: a call begins with a message there, as it does for every
 other stage, so all stages run the same code and follow what the first decides.
+
+What the first decides passes from stage to stage; under full unlock it goes to all stages directly,
+and so do the micro-batches' inputs and targets, which a stage then runs on without waiting for the
+stage before. What that one gives, it learns from.
 """
 
 import math
 import statistics
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import IntEnum
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any, cast
 
 import torch
@@ -27,9 +32,19 @@ from .gradient import all_finite
 from .link import Link
 from .message import Kind, Message
 from .microbatch import join
-from .nest import Nest, describe, to_device, total_bytes
-from .report import Books, Report, Row, StageStatistics
-from .schedule import SCHEDULES, Action, Actions, Backward, Forward, Schedule, depths
+from .nest import Nest, describe, leaves, to_device, total_bytes
+from .report import Books, Report, Row, StageStatistics, known
+from .schedule import (
+    SCHEDULES,
+    Action,
+    Actions,
+    Backward,
+    Forward,
+    Learn,
+    Schedule,
+    Update,
+    depths,
+)
 from .slack import choose_slack
 from .stage import Flight, Stage
 from .timeline import WORKING, Span, Timeline, Work
@@ -105,6 +120,12 @@ class Engine:
         self._warm = (list(self.recorder.seconds), list(self.recorder.counts))
         self.restart_shares()
         self._hop_bytes = 0
+        self._orders = links.from_first or links.from_upstream
+        self._read_ahead: deque[Message] = deque()
+        self._real_inputs: deque[Message] = deque()
+        self._heard = 0  # losses that have come up to here, or are this stage's own
+        self._losses: list[Tensor] = []  # those not passed on yet
+        self._below = Row().numbers() * (stage.count - 1 - stage.index)
         self.trained = self._stretches = 0
         self._stretch = self._new_stretch()
 
@@ -128,7 +149,7 @@ class Engine:
         }
         call = None
         while call is not Call.CLOSE:
-            begin = yield from self._take(self.links.from_upstream)
+            begin = yield from self._take(self._orders)
             call = Call(begin.index)
             if call is not self.expected:
                 raise RuntimeError(
@@ -136,7 +157,7 @@ class Engine:
                     f"called {self.expected.name.lower()}(): every rank must make the same calls "
                     "in the same order, though only the first stage reads the data"
                 )
-            self._send_down(begin)
+            self._pass_on(begin)
             if call is not Call.TRAIN:
                 yield from self._drain()
             yield Done((yield from calls[call]()))
@@ -148,7 +169,7 @@ class Engine:
         self.books.begin()
         start, before = time.perf_counter(), list(self.recorder.seconds)
         while True:
-            message = yield from self._take(self.links.from_upstream)
+            message = yield from self._next()
             if message.kind is Kind.MICRO_BATCH:
                 yield from self._feed(message)
             elif message.kind is Kind.TUNE:
@@ -159,15 +180,44 @@ class Engine:
         if self.stage.is_first:
             report = self.books.close(self.stage.version)
             message = replace(message, numbers=report.numbers())
-        self._send_down(message)
+        self._pass_on(message)
         self._training_seconds += time.perf_counter() - start
         for work, (now, then) in enumerate(zip(self.recorder.seconds, before, strict=True)):
             self._spent[work] += now - then
         return Report.from_numbers(message.numbers)
 
+    def _next(self) -> Generator[Inbox, None, Message]:
+        """The next message of a call of `train`.
+
+        Under full unlock the first stage reads ahead, and what it reads goes to all others at once:
+        a stall of its own does not hold them up.
+        """
+        if not self.links.to_others:
+            return (yield from self._take(self._orders))
+        ahead = self._read_ahead
+        while len(ahead) <= (self.stage.ahead or 0) and not (ahead and ahead[-1].kind is Kind.END):
+            message = yield from self._take(self._orders)
+            if message.kind is Kind.MICRO_BATCH:
+                x, target = cast(tuple[Nest, Nest], message.body)
+                # A loader may fill its tensors anew while they wait here.
+                device = self.stage.device
+                message = message.carrying(
+                    (to_device(x, device, True), to_device(target, device, True))
+                )
+                self._pass_on(message)
+            ahead.append(message)
+        return ahead.popleft()
+
+    def _pass_on(self, message: Message) -> None:
+        """Let the stages after this one know what the first has decided."""
+        for outbox in self.links.to_others:
+            outbox.send(message)
+        if not self.links.to_others and self.links.from_first is None:
+            self._send_down(message)
+
     def _feed(self, message: Message) -> Steps:
         """One tick: a forward, then what the schedule puts before the next one."""
-        self._forward(message)
+        yield from self._forward(message)
         for action in self._stretch.after(True):
             yield from self._perform(action)
         if message.last and self.schedule.flushes:
@@ -177,6 +227,11 @@ class Engine:
         """Bring everything in flight to its end."""
         for action in self._stretch.after(False):
             yield from self._perform(action)
+        # Losses that came too late to ride up with a gradient.
+        while self._heard < self.trained:
+            self._hear((yield from self._take(self.links.from_downstream)))
+        if self._losses:
+            self._tell(-1, [])
         self._stretches += self.trained > self._stretch_began
         self._stretch = self._new_stretch()
 
@@ -184,67 +239,169 @@ class Engine:
         stage = self.stage
         self._stretch_began = self.trained
         return Stretch(
-            self.schedule.actions(stage.depth, stage.update_every, self.trained, self._stretches)
+            self.schedule.actions(
+                stage.depth, stage.update_every, self.trained, self._stretches, stage.ahead
+            )
         )
 
     def _perform(self, action: Action) -> Steps:
         if isinstance(action, Backward):
             yield from self._backward(action.index)
-        else:
+        elif isinstance(action, Update):
             yield from self._update()
+        else:
+            assert isinstance(action, Learn)
+            yield from self._learn(action.index)
 
-    def _forward(self, message: Message) -> None:
+    def _forward(self, message: Message) -> Steps:
+        stage = self.stage
         self.doing = f"forward of micro-batch {message.index}"
-        self.books.fed()
+        if stage.is_first:
+            self.books.fed(int(message.numbers[0]))
         if self.trained == WARM:
             self._warm = (list(self.recorder.seconds), list(self.recorder.counts))
         self.trained += 1
+        if self.links.from_first is not None and not stage.rule.knows_inputs:
+            yield from self._see_input(message)
         output, target = self.recorder.run(Work.FORWARD, message.index, self._run_stage, message)
         self._hop_bytes = total_bytes(output)
-        if not self.stage.is_last:
-            self._send_down(message.carrying((output, target)))
+        if not stage.is_last:
+            # Under full unlock the next stage has its target from the first.
+            rides = None if self.links.to_others or self.links.from_first else target
+            self._send_down(message.carrying((output, rides)))
+
+    def _see_input(self, message: Message) -> Steps:
+        """Find out what inputs look like, from the first real one."""
+        self.doing = "waiting for the first real input"
+        self._real_inputs.append((yield from self._take(self.links.from_upstream)))
+        (source, _), (x, _) = message.body, self._real_inputs[0].body  # type: ignore[misc]
+        self.stage.rule.see_input(self.stage, source, x)
 
     def _run_stage(self, message: Message) -> tuple[Nest, Nest]:
         x, target = self._input(message)
+        source = None
+        if self.links.from_first is not None:
+            source, x = x, self.stage.rule.guess_input(self.stage, x)
         samples = int(message.numbers[0])
-        return self.stage.forward(message.index, x, target, samples), target
+        return self.stage.forward(message.index, x, target, samples, source), target
 
     def _input(self, message: Message) -> tuple[Nest, Nest]:
         assert isinstance(message.body, tuple)
         x, target = message.body
         if self.stage.is_first:
             # A loader may fill its tensors anew while they are in flight: they need copies then.
-            device, copy = self.stage.device, self.stage.depth > 0
+            device, copy = self.stage.device, self.stage.count > 1
             x, target = to_device(x, device, copy), to_device(target, device, copy)
         return x, target
 
     def _backward(self, index: int) -> Steps:
         stage, flight = self.stage, self.stage.flights[index]
-        gradients: list[Tensor | None] = []
-        numbers: tuple[float, ...] = ()
-        if not stage.is_last:
+        gradients: list[Tensor | None] | None = None if stage.guesses else []
+        if not (stage.guesses or stage.is_last):
             self.doing = f"waiting for the gradient of micro-batch {index}"
-            reply = yield from self._take(self.links.from_downstream)
-            assert reply.index == index
-            flight.loss, gradients = cast(tuple[Tensor, list[Tensor | None]], reply.body)
-            numbers = reply.numbers
+            before = self._heard
+            gradients = self._hear((yield from self._take(self.links.from_downstream)), index)
+            if before <= index < self._heard:
+                flight.loss = self._losses[index - self._heard]
         self.doing = f"backward of micro-batch {index}"
-        returned = self.recorder.run(Work.BACKWARD, index, stage.backward, flight, gradients)
+        returned: list[Tensor | None] = [None for _ in leaves(flight.x)]
+        if stage.rule.moves():
+            returned = self.recorder.run(Work.BACKWARD, index, stage.backward, flight, gradients)
+            if stage.settings.stops_on_nonfinite:
+                leaving = [gradient for gradient in returned if gradient is not None]
+                if not (flight.finite and all_finite(leaving)):
+                    self._stop_on(flight, gradients)
+        if stage.is_last:
+            assert flight.loss is not None
+            self._losses.append(flight.loss.detach())
+            self._heard += 1
         stage.release(flight)
-        if stage.settings.stops_on_nonfinite:
-            leaving = [gradient for gradient in returned if gradient is not None]
-            if not (flight.finite and all_finite(leaving)):
-                self._stop_on(flight, gradients)
-        loss = flight.loss
-        assert loss is not None
-        clock = time.perf_counter()
-        working = self.recorder.working
-        row = Row(stage.latest_staleness, working, clock, stage.skipped).numbers()
-        if stage.is_first:
-            self.books.note(loss, flight.samples, row + numbers, stage.version, stage.learning_rate)
-        else:
-            body: Nest = (loss.detach(), [*returned])
-            self._send_up(Message(Kind.RESULT, index, numbers=row + numbers, body=body))
+        if self._losses or not stage.is_first:
+            self._tell(index, returned)
+
+    def _hear(self, reply: Message, index: int = -1) -> list[Tensor | None]:
+        """Take in what the stage after tells: losses, figures, and gradients, which it returns."""
+        assert reply.index == index
+        losses, gradients = cast(tuple[list[Tensor], list[Tensor | None]], reply.body)
+        self._losses += losses
+        self._heard += len(losses)
+        self._below = reply.numbers
+        return gradients
+
+    def _tell(self, index: int, returned: list[Tensor | None]) -> None:
+        """Pass up what is known: losses, figures, and the gradient of a micro-batch's input."""
+        stage = self.stage
+        figures = stage.rule.figures
+        row = Row(
+            stage.latest_staleness,
+            self.recorder.working,
+            time.perf_counter(),
+            stage.skipped,
+            stage.latest_lag,
+            figures.synthesizer_loss,
+            figures.cosine,
+            figures.local_loss,
+        )
+        numbers = row.numbers() + self._below
+        losses, self._losses = self._losses, []
+        if not stage.is_first:
+            body: Nest = ([*losses], [*returned])
+            self._send_up(Message(Kind.RESULT, index, numbers=numbers, body=body))
+            return
+        for loss in losses:
+            self.books.note(loss, numbers, stage.version, stage.learning_rate)
+
+    def _learn(self, index: int) -> Steps:
+        """Take in what came back for micro-batch `index` and those before, and what came early."""
+        stage = self.stage
+        waiting = stage.awaiting_gradient
+        while (
+            reply := (yield from self._due(waiting, self.links.from_downstream, index))
+        ) is not None:
+            gradients = self._hear(reply, waiting[0].index)
+            self._check(waiting[0], gradients)
+            self.recorder.run(Work.LEARN, reply.index, stage.learn, gradients)
+        waiting = stage.awaiting_input
+        while (
+            real := (yield from self._due(waiting, self.links.from_upstream, index))
+        ) is not None:
+            assert real.index == waiting[0].index
+            x, _ = cast(tuple[Nest, Nest], real.body)
+            self.recorder.run(Work.LEARN, real.index, stage.learn_input, x)
+        if stage.is_first and self._losses:
+            self._tell(-1, [])
+
+    def _due(
+        self, waiting: deque[Flight], inbox: Inbox | None, index: int
+    ) -> Generator[Inbox, None, Message | None]:
+        """What the first of `waiting` waits for: if it must have come, or has; else None."""
+        if not waiting:
+            return None
+        early = self._real_inputs if inbox is self.links.from_upstream else None
+        if early:
+            return early.popleft() if waiting[0].index <= index or self.stage.rule.eager else None
+        if waiting[0].index <= index:
+            self.doing = f"waiting for what comes back for micro-batch {waiting[0].index}"
+            return (yield from self._take(inbox))
+        assert inbox is not None
+        message = inbox.poll() if self.stage.rule.eager else None
+        self.progress += message is not None
+        return message
+
+    def _check(self, flight: Flight, gradients: Iterable[Tensor | None]) -> None:
+        """A synthesizer must not learn from what is not finite; a guess is looked at before."""
+        stage = self.stage
+        if not stage.settings.stops_on_nonfinite:
+            return
+        if not all_finite([gradient for gradient in gradients if gradient is not None]):
+            outputs = [t for t in leaves(flight.output) if t.is_floating_point()]
+            what = "the gradient that came back is not finite"
+            if not all_finite(outputs):
+                what = "the output of this stage is not finite"
+            raise FloatingPointError(
+                f"stage {stage.index} of {stage.count}, micro-batch {flight.index}: {what}. Try a "
+                "lower learning rate, clip_grad_norm=1.0, or on_nonfinite='skip'"
+            )
 
     def _update(self) -> Steps:
         stage = self.stage
@@ -269,12 +426,15 @@ class Engine:
         matters = settings.clip_grad_norm is not None or not settings.stops_on_nonfinite
         return self.schedule.flushes and self.stage.count > 1 and matters
 
-    def _stop_on(self, flight: Flight, gradients: list[Tensor | None]) -> None:
+    def _stop_on(self, flight: Flight, gradients: list[Tensor | None] | None) -> None:
         stage = self.stage
         reason = explain(stage, flight, gradients)
         if reason is None:
             # What the stage before gave was at fault: with this loss it will look, and say so.
+            # One that does not wait looks at its own output, and at the gradient that comes back.
             flight.loss = torch.full((), math.nan, device=stage.device)
+            if not stage.is_last and self._losses:
+                self._losses[-1] = flight.loss
         else:
             raise FloatingPointError(
                 f"stage {stage.index} of {stage.count}, micro-batch {flight.index}: {reason}. "
@@ -358,8 +518,10 @@ class Engine:
         waiting, data = self._spent[Work.WAIT] / seconds, self._spent[Work.DATA] / seconds
         head = [stage.version, stage.skipped, busy, waiting, data, stage.learning_rate]
         head += [stage.most_in_flight, stage.rule.copies]
-        pairs = [number for pair in sorted(stage.staleness.items()) for number in pair]
-        mine = {str(stage.index): torch.tensor([*head, *pairs], dtype=torch.float64)}
+        figures = stage.rule.figures
+        head += [figures.synthesizer_loss, figures.cosine, figures.local_loss]
+        head += [len(stage.staleness), *_pairs(stage.staleness), *_pairs(stage.lag)]
+        mine = {str(stage.index): torch.tensor(head, dtype=torch.float64)}
         rows = yield from self._fold(mine, _merge)
         return [_read_statistics(int(j), row.tolist()) for j, row in rows.items()]
 
@@ -490,17 +652,31 @@ def _read_span(numbers: list[float], shift: float) -> Span:
     return Span(Work(int(work)), int(index), start - shift, end - shift)
 
 
+def _pairs(counts: Counter[int]) -> list[int]:
+    """A histogram as numbers: value, count, value, count, …"""
+    return [*chain.from_iterable(sorted(counts.items()))]
+
+
+def _read_pairs(numbers: list[float]) -> dict[int, int]:
+    return {int(v): int(c) for v, c in zip(numbers[::2], numbers[1::2], strict=True)}
+
+
 def _read_statistics(stage: int, numbers: list[float]) -> StageStatistics:
-    updates, skipped, busy, waiting, data, rate, in_flight, copies, *pairs = numbers
+    updates, skipped, busy, waiting, data, rate, in_flight, copies, *rest = numbers
+    synthesizer_loss, cosine, local_loss, bins, *pairs = rest
     return StageStatistics(
         stage=stage,
         updates=int(updates),
         skipped=int(skipped),
-        staleness={int(s): int(c) for s, c in zip(pairs[::2], pairs[1::2], strict=True)},
+        staleness=_read_pairs(pairs[: 2 * int(bins)]),
         busy=busy,
         waiting=waiting,
         data=data,
         learning_rate=rate,
         in_flight=int(in_flight),
         copies=int(copies),
+        lag=_read_pairs(pairs[2 * int(bins) :]),
+        synthesizer_loss=known(synthesizer_loss),
+        cosine=known(cosine),
+        local_loss=known(local_loss),
     )

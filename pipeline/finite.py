@@ -13,11 +13,11 @@ from .stage import Flight, Stage
 __all__ = ["explain"]
 
 
-def explain(stage: Stage, flight: Flight, gradients: Sequence[Tensor | None]) -> str | None:
+def explain(stage: Stage, flight: Flight, gradients: Sequence[Tensor | None] | None) -> str | None:
     """Name the first layer at fault of a micro-batch whose loss or gradient is not finite.
 
     Args:
-        gradients: what came from the stage after, as in `Stage.backward`.
+        gradients: what came from the stage after, as in `Stage.backward`; None: a guess.
 
     Returns:
         One sentence; None where the input was at fault already, so that a stage before this one
@@ -35,6 +35,13 @@ def explain(stage: Stage, flight: Flight, gradients: Sequence[Tensor | None]) ->
                 return f"the output of {_title(name, layer)} is not finite, its input is"
     if stage.is_last and not _finite(stage.take_loss(x, flight.target)):
         return "the loss is not finite, the model's output is: look at the loss and the targets"
+    if gradients is None:
+        gradients = flight.guess or []
+        if not _finite([*gradients]):
+            return (
+                "the gradient that the stage's own rule gave is not finite: lower the learning "
+                "rate of its synthesizer or head"
+            )
     if not _finite([*gradients]):
         return "the gradient from the next stage is not finite"
     return _explain_backward(stage, flight, inputs, gradients)

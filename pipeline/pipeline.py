@@ -12,7 +12,14 @@ from typing import Any, Literal, Self, cast
 import torch
 from torch import Tensor, nn
 
-from .arguments import check_choices, check_counts, check_kinds, check_timeout, choose_stages
+from .arguments import (
+    check_choices,
+    check_counts,
+    check_kinds,
+    check_rules,
+    check_timeout,
+    choose_stages,
+)
 from .channel import Links, connect_locally
 from .driver import Alone, Apart, Driver
 from .engine import Call, Engine, Metrics
@@ -73,7 +80,8 @@ class Pipeline:
             several; not called for a stage with nothing to train.
         scheduler: a function of an optimizer that gives its LRScheduler, stepped once an update.
         schedule: 'stream', which never flushes; '1f1b' or 'gpipe', which do at every mini-batch.
-        rule: None is `Delayed('stash')` under 'stream' and `Exact()` under the others.
+        rule: None is `Delayed('stash')` under 'stream' and `Exact()` under the others. A list has
+            one for each stage.
         balance: 'time' (measured on the first micro-batch), 'parameters', each stage's number of
             layers, or the name of each stage's first layer.
         stages: None is the number of ranks, or 1 alone.
@@ -106,7 +114,7 @@ class Pipeline:
         *,
         scheduler: SchedulerFactory | None = None,
         schedule: str = "stream",
-        rule: Rule | None = None,
+        rule: Rule | Sequence[Rule] | None = None,
         balance: Balance = "time",
         stages: int | None = None,
         slack: int | Sequence[int] | Literal["auto"] = 0,
@@ -148,15 +156,18 @@ class Pipeline:
             check_counts(micro_batches, update_every, clip_grad_norm)
             self._model, self._micro_batches = model, micro_batches
             self._schedule = SCHEDULES[schedule]
-            self._rule = rule or (Exact() if self._schedule.flushes else Delayed("stash"))
-            self._rule.check(self._schedule, self.stages)
+            rule = rule or (Exact() if self._schedule.flushes else Delayed("stash"))
+            self._rules = [rule] * self.stages if isinstance(rule, Rule) else [*rule]
+            check_rules(self._rules, self._schedule, self.stages, slack)
             self._tunes = slack == "auto"
             if self._tunes and (self._world is None or self._schedule.flushes):
                 raise ValueError(
                     "slack='auto' measures the links of a stream under torchrun: alone, or under "
                     "a schedule that flushes, write a number"
                 )
-            self._depths = self._schedule.depths(self.stages, 1 if slack == "auto" else slack)
+            waits = [each.ahead is None for each in self._rules]
+            slack = 1 if slack == "auto" else slack
+            self._depths = self._schedule.depths(self.stages, slack, waits)
             self._device, shared = choose_device(device, self._world)
             if isinstance(loss_fn, nn.Module):
                 loss_fn.to(self._device)
@@ -365,7 +376,9 @@ class Pipeline:
 
     @property
     def depths(self) -> tuple[int, ...]:
-        """Each stage's micro-batches in flight behind a forward; its staleness, once warm."""
+        """Each stage's micro-batches in flight behind a forward; its staleness, once warm. 0 for a
+        stage that does not wait for its gradients.
+        """
         return self._engines[0].depths if self._driver else self._depths
 
     @property
@@ -387,12 +400,22 @@ class Pipeline:
         return Pulse(engine.progress, driver.waiting, engine.stage.version > 0, engine.doing)
 
     def _connect(self, shares_device: bool, emulated_link: Link | None) -> list[Links]:
+        directly = self._rules[-1].synthesizes_inputs and self.stages > 1
         if self._world is None or self._watch is None:
-            return connect_locally(self.stages)
+            return connect_locally(self.stages, directly)
         ranks = list(range(self.stages))
         watch, device = self._watch, self._device
         return [
-            connect(ranks, self.rank, device, shares_device, watch.bell, watch.lost, emulated_link)
+            connect(
+                ranks,
+                self.rank,
+                device,
+                shares_device,
+                watch.bell,
+                watch.lost,
+                emulated_link,
+                directly,
+            )
         ]
 
     def _open(self, loader: Iterable[Any], pairs_only: bool) -> Iterator[tuple[Nest, Nest]]:
@@ -455,11 +478,22 @@ class Pipeline:
             self.stages,
             self._depths[index],
             Layers(layers).to(self._device),
-            self._rule,
+            self._rules[index],
             self._settings,
             self._device,
             random,
+            self._ahead(index),
+            self._seed,
         )
+
+    def _ahead(self, index: int) -> int | None:
+        """Micro-batches sent on at most of which nothing has come back yet, where a stage does not
+        wait: its rule's, and those that the next stage has in flight before it sends a gradient.
+        """
+        rule, last = self._rules[index], index == self.stages - 1
+        if rule.ahead is None or self.stages == 1 or (last and not rule.synthesizes_inputs):
+            return None
+        return rule.ahead + (0 if last else self._depths[index + 1])
 
     # Running -----------------------------------------------------------------------------------
 

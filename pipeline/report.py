@@ -2,21 +2,37 @@
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, field
 
 import torch
 from torch import Tensor
 
-__all__ = ["Books", "Progress", "Report", "Row", "StageStatistics"]
+__all__ = ["Books", "Figures", "Progress", "Report", "Row", "StageStatistics"]
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a stage's rule tells of its own learning; NaN is what it has not.
+
+    Args:
+        synthesizer_loss: ‖M(h) - δ‖², the mean over samples of late.
+        cosine: between the synthetic and the arrived gradient, of late: 1 is a perfect synthesizer.
+        local_loss: of a stage's own auxiliary head, of late.
+    """
+
+    synthesizer_loss: float = math.nan
+    cosine: float = math.nan
+    local_loss: float = math.nan
 
 
 @dataclass(frozen=True)
 class Report:
     """What a call of `train` did; the same on every rank.
 
-    It covers the micro-batches whose gradient has reached the first stage; under `stream` those
-    still in flight are in the next report.
+    It covers the micro-batches whose loss has reached the first stage, with the gradient where one
+    flows back; under `stream` those still in flight are in the next report.
 
     Args:
         loss: the mean over samples, less those whose loss was not finite; NaN if there were none.
@@ -62,6 +78,9 @@ class Progress:
         staleness, busy: of each stage; busy is its share of the time since the last log.
         update: the first stage's weight version.
         learning_rate: the first stage's.
+        synthesizer_loss, cosine, local_loss: of each stage (`Figures`), None where it has none.
+        lag: of each stage, updates between a synthetic gradient's use and the arrival of the one
+            that it stood for; None where there is none.
     """
 
     micro_batch: int
@@ -72,6 +91,10 @@ class Progress:
     busy: tuple[float, ...]
     update: int
     learning_rate: float
+    synthesizer_loss: tuple[float | None, ...] = ()
+    cosine: tuple[float | None, ...] = ()
+    local_loss: tuple[float | None, ...] = ()
+    lag: tuple[float | None, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -80,12 +103,15 @@ class StageStatistics:
 
     Args:
         staleness: how many gradients were applied at each staleness, in updates.
-        busy: the share of the time in `train` spent in forward, backward and update; this share
-            and the next two since `reset_shares`, and NaN before any training.
+        busy: the share of the time in `train` spent in forward, backward, update and learning;
+            this share and the next two since `reset_shares`, and NaN before any training.
         waiting: the share spent waiting for a neighbour's message.
         data: the share that the first stage spent waiting for its loader.
         in_flight: the most micro-batches that were between their forward and their backward.
         copies: of the weights, kept for the micro-batches in flight.
+        lag: of a stage that waits for no gradient: how many of those that its synthesizer learned
+            from came how late, in its updates since that micro-batch's forward.
+        synthesizer_loss, cosine, local_loss: of its rule (`Figures`), None where it has none.
     """
 
     stage: int
@@ -98,6 +124,16 @@ class StageStatistics:
     learning_rate: float
     in_flight: int
     copies: int
+    lag: dict[int, int] = field(default_factory=dict)
+    synthesizer_loss: float | None = None
+    cosine: float | None = None
+    local_loss: float | None = None
+
+    @property
+    def lag_mean(self) -> float | None:
+        """The mean lag; None where nothing came that could be late."""
+        total = sum(self.lag.values())
+        return sum(s * c for s, c in self.lag.items()) / total if total else None
 
     @property
     def staleness_mean(self) -> float:
@@ -119,16 +155,20 @@ class Row:
         clock: seconds, on the stage's own clock, at which they were taken.
     """
 
-    staleness: float
-    busy_seconds: float
-    clock: float
-    skipped: float
+    staleness: float = 0.0
+    busy_seconds: float = 0.0
+    clock: float = 0.0
+    skipped: float = 0.0
+    lag: float = math.nan
+    synthesizer_loss: float = math.nan
+    cosine: float = math.nan
+    local_loss: float = math.nan
 
-    WIDTH = 4
+    WIDTH = 8
 
     def numbers(self) -> tuple[float, ...]:
         """Write it as numbers, for a header."""
-        return (self.staleness, self.busy_seconds, self.clock, self.skipped)
+        return astuple(self)
 
     @classmethod
     def read(cls, numbers: Sequence[float]) -> "list[Row]":
@@ -136,16 +176,22 @@ class Row:
         return [cls(*numbers[k : k + cls.WIDTH]) for k in range(0, len(numbers), cls.WIDTH)]
 
 
+def known(value: float) -> float | None:
+    """A number, or None for the NaN that stands for none."""
+    return None if math.isnan(value) else value
+
+
 class Books:
     """The first stage's account of losses; they stay on the device until the log interval."""
 
     def __init__(self, stages: int) -> None:
-        self._numbers = Row(0.0, 0.0, 0.0, 0.0).numbers() * stages
+        self._numbers = Row().numbers() * stages
         self.log: Callable[[Progress], None] | None = None
         self.log_every = 50
         self._fed = 0
         self._losses: list[Tensor] = []
         self._samples: list[int] = []
+        self._out: deque[int] = deque()  # samples of those fed whose loss is not known yet
         self._sums = [0.0, 0, 0, 0]  # loss, samples with a finite one, samples, micro-batches
         self._skipped = 0.0
         self._start = self._last = time.perf_counter()
@@ -162,21 +208,20 @@ class Books:
         self._start = self._last = time.perf_counter()
         self._rows = self.rows
 
-    def note(
-        self, loss: Tensor, samples: int, numbers: tuple[float, ...], version: int, rate: float
-    ) -> None:
-        """A micro-batch's loss (0-d, on the device) has come back, with the rows' numbers."""
+    def note(self, loss: Tensor, numbers: tuple[float, ...], version: int, rate: float) -> None:
+        """The next micro-batch's loss (0-d, on the device) has come back, with the numbers."""
         self._losses.append(loss.detach())
-        self._samples.append(samples)
+        self._samples.append(self._out.popleft())
         self._numbers = numbers
         if not self._rows[0].clock:
             self._rows = self.rows  # the first ever: shares are counted from here
         if len(self._losses) == self.log_every:
             self._log(version, rate)
 
-    def fed(self) -> None:
+    def fed(self, samples: int) -> None:
         """A micro-batch has gone in."""
         self._fed += 1
+        self._out.append(samples)
 
     def _log(self, version: int, rate: float) -> None:
         loss, samples = self._read()
@@ -192,9 +237,21 @@ class Books:
         if self.log:
             rate_of_samples = samples / seconds
             self.log(
-                Progress(self._fed, int(self._sums[2]), loss, rate_of_samples, staleness, shares,
-                         version, rate)
-            )  # fmt: skip
+                Progress(
+                    self._fed,
+                    int(self._sums[2]),
+                    loss,
+                    rate_of_samples,
+                    staleness,
+                    shares,
+                    version,
+                    rate,
+                    synthesizer_loss=tuple(known(row.synthesizer_loss) for row in rows),
+                    cosine=tuple(known(row.cosine) for row in rows),
+                    local_loss=tuple(known(row.local_loss) for row in rows),
+                    lag=tuple(known(row.lag) for row in rows),
+                )
+            )
 
     def _read(self) -> tuple[float, int]:
         """Read the losses noted since the last time: the one wait for the device."""

@@ -1,9 +1,10 @@
 """Schedules: the order of work on one stage, as data; nothing here knows of torch.
 
-A schedule yields what to do next: `Forward(i)`, `Backward(i)`, `Update()`. It is a generator that
-is told, in answer to each `Forward`, whether there was a micro-batch; `False` drains it. All three
-are one loop with two differences: how many micro-batches stay in flight behind a forward, and
-whether a mini-batch's end drains. Three stages, one slot an action (`draw` makes these):
+A schedule yields what to do next: `Forward(i)`, `Backward(i)`, `Update()`, `Learn(i)`. It is a
+generator that is told, in answer to each `Forward`, whether there was a micro-batch; `False` drains
+it. All are one loop with three differences: how many micro-batches stay in flight behind a forward,
+whether a mini-batch's end drains, and whether a stage waits for gradients at all. Three stages, one
+slot an action (`draw` makes these):
 
     gpipe     F0 F1 F2 F3 .  .  .  .  B0 B1 B2 B3
               .  F0 F1 F2 F3 .  .  B0 B1 B2 B3 .
@@ -16,13 +17,27 @@ whether a mini-batch's end drains. Three stages, one slot an action (`draw` make
     stream    F0 F1 F2 .  .  B0 F3 B1 F4 B2 F5 B3 F6 B4 F7 …    the next mini-batch's forward
               .  F0 F1 .  B0 F2 B1 F3 B2 F4 B3 F5 B4 F6 B5 …    fills what a flush leaves idle,
               .  .  F0 B0 F1 B1 F2 B2 F3 B3 F4 B4 F5 B5 F6 …    and every B is followed by an update
+
+    unlocked  F0 B0 F1 B1 F2 B2 L0 F3 B3 L1 F4 B4 L2 F5 …       a stage that waits for no gradient:
+              .  F0 B0 F1 B1 F2 B2 L0 F3 B3 L1 F4 B4 L2 …       Lk takes in what came back for k,
+              .  .  F0 B0 F1 B1 F2 B2 F3 B3 F4 B4 F5 B5 …       `ahead` (here 2) later
 """
 
 import math
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 
-__all__ = ["SCHEDULES", "Action", "Backward", "Forward", "Schedule", "Update", "depths", "draw"]
+__all__ = [
+    "SCHEDULES",
+    "Action",
+    "Backward",
+    "Forward",
+    "Learn",
+    "Schedule",
+    "Update",
+    "depths",
+    "draw",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +59,28 @@ class Update:
     """Move the weights."""
 
 
-Action = Forward | Backward | Update
+@dataclass(frozen=True, slots=True)
+class Learn:
+    """Have taken in what came back for micro-batch `index` and all before it.
+
+    A stage that takes it in as it comes looks for more then; before the first, there may be some.
+    """
+
+    index: int
+
+
+Action = Forward | Backward | Update | Learn
 Actions = Generator[Action, bool, None]
 
 
-def depths(stages: int, slack: int | Sequence[int]) -> tuple[int, ...]:
+def depths(
+    stages: int, slack: int | Sequence[int], waits: Sequence[bool] | None = None
+) -> tuple[int, ...]:
     """Micro-batches in flight behind a forward: d_j = d_{j+1} + 1 + s_j, and 0 at the last stage.
+
+    Args:
+        waits: whether each stage waits for its gradients; one that does not has none in flight.
+            None: all do.
 
     Raises:
         ValueError: a slack that is negative, or a list that is not one number per hop.
@@ -62,8 +93,8 @@ def depths(stages: int, slack: int | Sequence[int]) -> tuple[int, ...]:
             f"between {stages} stages, as in {[1] * hops}"
         )
     result = [0]
-    for s in reversed(slacks):
-        result.append(result[-1] + 1 + s)
+    for s, wait in zip(reversed(slacks), reversed((waits or [True] * stages)[:hops]), strict=True):
+        result.append(result[-1] + 1 + s if wait else 0)
     return tuple(reversed(result))
 
 
@@ -80,11 +111,15 @@ class Schedule:
     flushes: bool
     unbounded: bool = False
 
-    def depths(self, stages: int, slack: int | Sequence[int]) -> tuple[int, ...]:
+    def depths(
+        self, stages: int, slack: int | Sequence[int], waits: Sequence[bool] | None = None
+    ) -> tuple[int, ...]:
         """Each stage's micro-batches in flight behind a forward; slack is the stream's alone."""
-        return depths(stages, 0 if self.flushes else slack)
+        return depths(stages, 0 if self.flushes else slack, waits)
 
-    def actions(self, depth: float, update_every: int, start: int, stretch: int) -> Actions:
+    def actions(
+        self, depth: float, update_every: int, start: int, stretch: int, ahead: int | None = None
+    ) -> Actions:
         """The actions of one stretch: a mini-batch, or the stream from one drain to the next.
 
         Args:
@@ -92,8 +127,13 @@ class Schedule:
             update_every: micro-batches (stream) or mini-batches (flushing) to an update.
             start: the stretch's first micro-batch, counted since training began.
             stretch: how many stretches came before.
+            ahead: micro-batches sent on at most of which nothing has come back yet, on a stage
+                that waits for no gradient; None on one that does.
         """
-        depth = math.inf if self.unbounded else depth
+        if ahead is not None:
+            depth = 0
+        elif self.unbounded:
+            depth = math.inf
         forward = backward = start
         more = True
         while more or backward < forward:
@@ -105,6 +145,10 @@ class Schedule:
                 backward += 1
                 if not self.flushes and backward % update_every == 0:
                     yield Update()
+                if ahead is not None:
+                    yield Learn(backward - 1 - ahead)
+        if ahead is not None:
+            yield Learn(backward - 1)
         if self.flushes and forward > start and (stretch + 1) % update_every == 0:
             yield Update()
 

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -29,7 +29,14 @@ NONE: Mapping[str, Tensor] = {}
 
 @dataclass
 class Flight:
-    """A micro-batch between its forward and its backward."""
+    """A micro-batch between its forward and its backward; or, on a stage that does not wait for
+    gradients, until what came back for it has been learned from.
+
+    Args:
+        version: of the weights that its forward ran with.
+        source: the network's own input, where `x` was guessed from it.
+        guess: the gradients that the rule guessed for its output.
+    """
 
     index: int
     samples: int
@@ -37,6 +44,8 @@ class Flight:
     x: Nest
     target: Nest
     weights: Version | None
+    source: Nest = None
+    guess: Sequence[Tensor | None] | None = None
     output: Nest = None
     loss: Tensor | None = None
     random: RandomState | None = None
@@ -53,9 +62,12 @@ class Stage:
     Args:
         index: this stage is `index` of `count`.
         depth: micro-batches in flight behind a forward.
+        ahead: micro-batches sent on at most of which nothing has come back yet, where the stage
+            does not wait for gradients; None where it does.
         layers: its layers, already on the device.
         rule: copied, for a rule may keep state.
         random: its random state; None is the global one, as a plain loop would use.
+        seed: of whatever else the rule draws.
     """
 
     def __init__(
@@ -68,8 +80,11 @@ class Stage:
         settings: Settings,
         device: torch.device,
         random: RandomState | None,
+        ahead: int | None = None,
+        seed: int = 0,
     ) -> None:
         self.index, self.count, self.depth = index, count, depth
+        self.ahead, self.seed = ahead, seed
         self.layers, self.settings, self.device = layers, settings, device
         self.is_first, self.is_last = index == 0, index == count - 1
         self.update_every = settings.update_every
@@ -80,10 +95,14 @@ class Stage:
         self.optimizers = make_optimizers(settings.optimizer, list(self.owned.items()))
         self.schedulers = make_schedulers(settings.scheduler, self.optimizers)
         self.flights: dict[int, Flight] = {}
+        self.awaiting_gradient: deque[Flight] = deque()
+        self.awaiting_input: deque[Flight] = deque()
         self.gradient = Gradient()
         self.version = self.skipped = self.most_in_flight = 0
         self.staleness: Counter[int] = Counter()
         self.latest_staleness = 0.0
+        self.lag: Counter[int] = Counter()
+        self.latest_lag = math.nan
         self._pristine_rule, self._random = rule, random
         self._call = self._call_layers
         if settings.compile is not None:
@@ -96,13 +115,19 @@ class Stage:
 
     # The way of a micro-batch ------------------------------------------------------------------
 
-    def forward(self, index: int, x: Nest, target: Nest, samples: int) -> Nest:
+    @property
+    def guesses(self) -> bool:
+        """Whether it goes back with a guess: it is not the last stage, and does not wait."""
+        return self.ahead is not None and not self.is_last
+
+    def forward(self, index: int, x: Nest, target: Nest, samples: int, source: Nest = None) -> Nest:
         """Run a micro-batch forward, and keep what its backward needs.
 
         Args:
             x: what the stage before gave, (samples, …); a tensor that requires a gradient there
                 does so here, as a leaf.
             target: rides along to the last stage, which takes the loss.
+            source: the network's own input, where `x` was guessed from it.
 
         Returns:
             The output; its tensors require a gradient where one is to come back.
@@ -110,7 +135,8 @@ class Stage:
         weights = self.rule.weights(self, index)
         if weights is not None:
             weights.users += 1
-        flight = Flight(index, samples, self.version, x, target if self.is_last else None, weights)
+        kept = target if self.is_last or self.guesses else None
+        flight = Flight(index, samples, self.version, x, kept, weights, source)
         self.flights[index] = flight
         self.most_in_flight = max(self.most_in_flight, len(self.flights))
         with self._random.in_force() if self._random else nullcontext():
@@ -119,15 +145,19 @@ class Stage:
                 with torch.no_grad():
                     return map_tensors(self._promise(x), self._run(x))
             self._run_with_graph(flight)
+        if self.guesses and not self.rule.wants_gradients:
+            return map_tensors(lambda t: self._unaliased(t).detach(), flight.output)
         return map_tensors(self._unaliased, flight.output)
 
-    def backward(self, flight: Flight, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+    def backward(
+        self, flight: Flight, gradients: Sequence[Tensor | None] | None
+    ) -> list[Tensor | None]:
         """Run a micro-batch backward, and add its gradient to the update's.
 
         Args:
             flight: its loss is the last stage's own; the others' came with the gradients.
             gradients: one for each tensor of the output, None where it has none; the last stage
-                has its loss and needs none.
+                has its loss and needs none. None: the rule guesses them.
 
         Returns:
             A gradient for each tensor of the input, None where it has none. `flight.finite` tells
@@ -141,6 +171,8 @@ class Stage:
         loss = [] if flight.loss is None else [flight.loss]
         weights = flight.weights.leaves if flight.weights else self.trainable
         tops: list[tuple[Tensor, Any]] = [(tensor, None) for tensor in loss]
+        if gradients is None:
+            gradients = flight.guess = self.rule.guess(self, flight)
         if not self.is_last:
             both = zip(leaves(flight.output), gradients, strict=True)
             tops = [(tensor, gradient) for tensor, gradient in both if gradient is not None]
@@ -149,7 +181,6 @@ class Stage:
         with self.places.holding(weights) if flight.weights else nullcontext():
             if tops:
                 torch.autograd.backward([t for t, _ in tops], [g for _, g in tops])
-        flight.output = None
         taken = {name: _take_gradient(weight) for name, weight in weights.items()}
         means = {name: gradient for name, gradient in taken.items() if gradient is not None}
         flight.finite = all_finite([*means.values(), *loss])
@@ -157,10 +188,29 @@ class Stage:
         return [_take_gradient(tensor) for tensor in leaves(flight.x)]
 
     def release(self, flight: Flight) -> None:
-        """Let go of a micro-batch whose backward is done."""
+        """Let go of a micro-batch whose backward is done, but for what is still to be learned."""
         del self.flights[flight.index]
         if flight.weights is not None:
             flight.weights.release()
+        flight.x = flight.loss = flight.guess = None
+        keeps = self.guesses and self.rule.wants_gradients
+        flight.output = map_tensors(torch.detach, flight.output) if keeps else None
+        if self.guesses:
+            self.awaiting_gradient.append(flight)
+        if flight.source is not None:
+            self.awaiting_input.append(flight)
+
+    def learn(self, gradients: Sequence[Tensor | None]) -> None:
+        """Take in what came back for the micro-batch that has waited longest for it."""
+        flight = self.awaiting_gradient.popleft()
+        if any(gradient is not None for gradient in gradients):
+            self.rule.arrive(self, flight, gradients)
+            self.latest_lag = self.version - flight.version
+            self.lag[self.version - flight.version] += 1
+
+    def learn_input(self, x: Nest) -> None:
+        """Take in the real input of the micro-batch that has waited longest for it."""
+        self.rule.arrive_input(self, self.awaiting_input.popleft().source, x)
 
     def infer(self, x: Nest) -> Nest:
         """Run forward on the newest weights without a gradient."""
@@ -252,14 +302,14 @@ class Stage:
         done, self.gradient = self.gradient, Gradient()
         stale = [self.version - version for version in done.versions]
         self.staleness.update(stale)
-        self.latest_staleness = sum(stale) / len(stale)
+        self.latest_staleness = sum(stale) / len(stale) if stale else 0.0
         self.rule.before_update(self)
-        if finite and done.finite:
+        if not finite or not done.finite:
+            self.skipped += 1
+        elif stale:  # the rule let at least one micro-batch move the weights
             self._clip(norm)
             for optimizer in self.optimizers:
                 optimizer.step()
-        else:
-            self.skipped += 1
         for weight in self.owned.values():
             weight.grad = None
         for scheduler in self.schedulers:

@@ -14,13 +14,14 @@ __all__ = ["WORKING", "Recorder", "Span", "Timeline", "Work", "chrome_trace"]
 class Work(IntEnum):
     """What a stage can be at; SEND_DOWN and SEND_UP go on beside the others, in threads.
 
-    WAIT is for a neighbour's message, DATA is the first stage's for its loader.
+    LEARN is a synthesizer's, from what came back. WAIT is for a neighbour's message, DATA is the
+    first stage's for its loader.
     """
 
-    FORWARD, BACKWARD, UPDATE, WAIT, DATA, SEND_DOWN, SEND_UP = range(7)
+    FORWARD, BACKWARD, UPDATE, LEARN, WAIT, DATA, SEND_DOWN, SEND_UP = range(8)
 
 
-WORKING = (Work.FORWARD, Work.BACKWARD, Work.UPDATE)
+WORKING = (Work.FORWARD, Work.BACKWARD, Work.UPDATE, Work.LEARN)
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -89,7 +90,7 @@ class Recorder:
 
     @property
     def working(self) -> float:
-        """Seconds of forward, backward and update so far."""
+        """Seconds of forward, backward, update and learning so far."""
         return sum(self.seconds[work] for work in WORKING)
 
 

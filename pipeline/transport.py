@@ -51,6 +51,7 @@ def connect(
     bell: Bell,
     on_lost: Callable[[int, Exception], None],
     emulated_link: Link | None = None,
+    directly: bool = False,
 ) -> Links:
     """Connect this process's stage with its neighbours: one 2-rank group per direction and pair.
 
@@ -66,28 +67,37 @@ def connect(
         bell: rung whenever a message arrives, to wake whoever waits.
         on_lost: called, maybe from a thread, with a neighbour's rank when the link to it breaks.
         emulated_link: what every message is held back for, as if the link were this slow.
+        directly: connect the first stage with every other, too.
     """
     links = Links()
-    for above, below in pairwise(ranks):
-        for source, target in ((above, below), (below, above)):
-            group = dist.new_group([above, below], timeout=FOREVER, backend="gloo")
-            carrier = _choose_carrier(device, shared_device, [above, below], group)
-            downward = source == above
-            if rank == source:
-                work = Work.SEND_DOWN if downward else Work.SEND_UP
-                outbox = _open_outbox(carrier, target, links.recorder, work, on_lost)
-                if emulated_link is not None:
-                    outbox = EmulatedLink(outbox, emulated_link, partial(on_lost, target))
-                if downward:
-                    links.to_downstream = outbox
-                else:
-                    links.to_upstream = outbox
-            elif rank == target:
-                inbox = _open_inbox(carrier, source, bell, on_lost)
-                if downward:
-                    links.from_upstream = inbox
-                else:
-                    links.from_downstream = inbox
+    pairs = [
+        (above, below, downward) for above, below in pairwise(ranks) for downward in (True, False)
+    ]
+    hops = [(a, b, "down") if downward else (b, a, "up") for a, b, downward in pairs]
+    hops += [(ranks[0], other, "straight") for other in ranks[1:] if directly]
+    for source, target, way in hops:
+        group = dist.new_group(sorted([source, target]), timeout=FOREVER, backend="gloo")
+        pair = sorted([source, target])
+        carrier = _choose_carrier(device, shared_device, pair, group)
+        if rank == source:
+            work = Work.SEND_UP if way == "up" else Work.SEND_DOWN
+            outbox = _open_outbox(carrier, target, links.recorder, work, on_lost)
+            if emulated_link is not None:
+                outbox = EmulatedLink(outbox, emulated_link, partial(on_lost, target))
+            if way == "straight":
+                links.to_others.append(outbox)
+            elif way == "down":
+                links.to_downstream = outbox
+            else:
+                links.to_upstream = outbox
+        elif rank == target:
+            inbox = _open_inbox(carrier, source, bell, on_lost)
+            if way == "straight":
+                links.from_first = inbox
+            elif way == "down":
+                links.from_upstream = inbox
+            else:
+                links.from_downstream = inbox
     return links
 
 

@@ -2,6 +2,8 @@
 
 from .delayed import Delayed
 from .exact import Exact
+from .local import Local
 from .rule import Rule
+from .synthetic import Synthetic
 
-__all__ = ["Delayed", "Exact", "Rule"]
+__all__ = ["Delayed", "Exact", "Local", "Rule", "Synthetic"]

@@ -42,8 +42,8 @@ def test_the_loss_is_a_mean_over_samples(clock: list[float]) -> None:
     books = Books(2)
     books.begin()
     for loss, samples in ((1.0, 6), (3.0, 2)):
-        books.fed()
-        books.note(torch.tensor(loss), samples, NUMBERS, 1, 0.1)
+        books.fed(samples)
+        books.note(torch.tensor(loss), NUMBERS, 1, 0.1)
     clock[0] += 4
     report = books.close(version=2)
     assert report == Report(1.5, 8, 2, 2, 4.0, 1, (2.0, 0.0))
@@ -51,9 +51,11 @@ def test_the_loss_is_a_mean_over_samples(clock: list[float]) -> None:
 
 def test_each_report_covers_what_came_since_the_last(clock: list[float]) -> None:
     books = Books(2)
-    books.note(torch.tensor(5.0), 1, NUMBERS, 1, 0.1)  # of a drain before `train`
+    books.fed(1)
+    books.note(torch.tensor(5.0), NUMBERS, 1, 0.1)  # of a drain before `train`
     books.begin()
-    books.note(torch.tensor(1.0), 1, NUMBERS, 2, 0.1)
+    books.fed(1)
+    books.note(torch.tensor(1.0), NUMBERS, 2, 0.1)
     assert books.close(2).loss == 3.0
     books.begin()
     empty = books.close(2)
@@ -61,7 +63,8 @@ def test_each_report_covers_what_came_since_the_last(clock: list[float]) -> None
         math.isnan(empty.loss) and (empty.samples, empty.micro_batches, empty.updates) == (0,) * 3
     )
     books.begin()
-    books.note(torch.tensor(7.0), 4, NUMBERS, 3, 0.1)
+    books.fed(4)
+    books.note(torch.tensor(7.0), NUMBERS, 3, 0.1)
     last = books.close(5)
     assert (last.loss, last.samples, last.micro_batches, last.updates) == (7.0, 4, 1, 3)
 
@@ -71,14 +74,16 @@ def test_losses_are_added_exactly() -> None:
     books = Books(1)
     losses = [1e8, *[0.1] * 1000]
     for loss in losses:
-        books.note(torch.tensor(loss, dtype=torch.float64), 1, ONE, 0, 0.1)
+        books.fed(1)
+        books.note(torch.tensor(loss, dtype=torch.float64), ONE, 0, 0.1)
     assert books.close(0).loss == math.fsum(losses) / len(losses)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_any_floating_loss(dtype: torch.dtype) -> None:
     books = Books(1)
-    books.note(torch.tensor(0.75, dtype=dtype), 2, ONE, 0, 0.1)
+    books.fed(2)
+    books.note(torch.tensor(0.75, dtype=dtype), ONE, 0, 0.1)
     assert books.close(0).loss == 0.75
 
 
@@ -88,10 +93,10 @@ def test_logs_come_at_their_interval_with_what_is_known_then(clock: list[float])
     books.begin()
     for k in range(5):
         clock[0] += 1
-        books.fed()
         rows = [Row(2.0, 0.6 * (k + 1), clock[0], 0.0), Row(0.0, 0.5 * (k + 1), clock[0], 0.0)]
         numbers = rows[0].numbers() + rows[1].numbers()
-        books.note(torch.tensor(float(k)), k + 1, numbers, version=k, rate=0.1 * k)
+        books.fed(k + 1)
+        books.note(torch.tensor(float(k)), numbers, version=k, rate=0.1 * k)
     assert [log.micro_batch for log in logs] == [2, 4]
     assert [log.samples for log in logs] == [3, 10]
     assert [log.loss for log in logs] == [2 / 3, (2 * 3 + 3 * 4) / 7]
@@ -110,7 +115,8 @@ def test_the_host_reads_losses_at_the_log_interval_only() -> None:
     found = []
     for loss in losses:
         with count_reads() as reads:
-            books.note(loss, 1, ONE, 0, 0.1)
+            books.fed(1)
+            books.note(loss, ONE, 0, 0.1)
         found.append(len(reads))
     assert found == [0, 0, 0, 1, 0, 0, 0, 1, 0, 0]
     with count_reads() as reads:
