@@ -66,7 +66,7 @@ class Local(Rule):
         *,
         head: HeadFactory | None = None,
         optimizer: OptimizerFactory | None = None,
-        ahead: int = 4,
+        ahead: int = 2,
     ) -> None:
         for name, value in (("outputs", outputs), ("ahead", ahead)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, TensorDataset
 
 from headrace.pipeline import Pipeline, Progress
-from headrace.pipeline.rules import Delayed
+from headrace.pipeline.rules import Delayed, Local, Synthetic
 
 from ..pipeline.helpers import adamw, halve_slowly, momentum
 
@@ -23,14 +23,14 @@ SIZES = {2: [9, 7], 3: [5, 6, 5], 4: [4, 4, 4, 4]}
 
 @dataclass(frozen=True)
 class Case:
-    """A configuration; options are the Pipeline's, made anew for each use."""
+    """A configuration; options are the Pipeline's, made anew for each use, for so many stages."""
 
-    options: Callable[[], dict[str, Any]]
+    options: Callable[[int], dict[str, Any]]
     optimizer: Callable[[Iterable[tuple[str, nn.Parameter]]], Optimizer] = momentum
 
 
 def _stream(weights: str, **options: Any) -> Case:
-    return Case(lambda: {"rule": Delayed(weights=weights), **options})
+    return Case(lambda stages: {"rule": Delayed(weights=weights), **options})
 
 
 CASES = {
@@ -45,16 +45,38 @@ CASES = {
         "predict", slack=1, update_every=3, micro_batches=2
     ),
     "stash, bfloat16, another seed": _stream("stash", autocast=torch.bfloat16, seed=17),
-    "stash, adamw": Case(lambda: {"clip_grad_norm": 1.0}, adamw),
-    "gpipe": Case(lambda: {"schedule": "gpipe", "micro_batches": 3}),
+    "stash, adamw": Case(lambda stages: {"clip_grad_norm": 1.0}, adamw),
+    "synthetic": Case(lambda stages: {"rule": Synthetic(), "clip_grad_norm": 0.1}),
+    "synthetic, told, lag 0, every 3": Case(
+        lambda stages: {"rule": Synthetic(conditional=True, lag=0), "update_every": 3}, adamw
+    ),
+    "synthetic, full unlock, p_update": Case(
+        lambda stages: {
+            "rule": Synthetic(inputs="synthetic", p_update=0.6),
+            "autocast": torch.bfloat16,
+        }
+    ),
+    "synthetic before delayed": Case(
+        lambda stages: {"rule": [Synthetic(lag=1), *[Delayed("stash")] * (stages - 1)]}
+    ),
+    "local": Case(lambda stages: {"rule": Local(3), "update_every": 2}),
+    "local, gpipe": Case(
+        lambda stages: {
+            "rule": Local(3),
+            "schedule": "gpipe",
+            "micro_batches": 2,
+            "clip_grad_norm": 0.1,
+        }
+    ),
+    "gpipe": Case(lambda stages: {"schedule": "gpipe", "micro_batches": 3}),
     "gpipe, clip": Case(
-        lambda: {"schedule": "gpipe", "micro_batches": 3, "clip_grad_norm": 0.1}, adamw
+        lambda stages: {"schedule": "gpipe", "micro_batches": 3, "clip_grad_norm": 0.1}, adamw
     ),
     "1f1b, clip": Case(
-        lambda: {"schedule": "1f1b", "micro_batches": 3, "clip_grad_norm": 0.1},
+        lambda stages: {"schedule": "1f1b", "micro_batches": 3, "clip_grad_norm": 0.1},
     ),
     "1f1b, every 3, skip": Case(
-        lambda: {
+        lambda stages: {
             "schedule": "1f1b",
             "micro_batches": 2,
             "update_every": 3,
@@ -108,7 +130,12 @@ def run_case(case: Case, stages: int | None, sizes: list[int]) -> Account:
     reports, evaluations = [], []
     progress: list[Progress] = []
     with Pipeline(
-        model, nn.MSELoss(), case.optimizer, balance=sizes, stages=stages, **case.options()
+        model,
+        nn.MSELoss(),
+        case.optimizer,
+        balance=sizes,
+        stages=stages,
+        **case.options(len(sizes)),
     ) as pipe:
         for _ in range(2):
             reports.append(pipe.train(loader, log=progress.append, log_every=3))
@@ -147,4 +174,9 @@ def run_one(name: str) -> Account:
 
 
 def _without(numbers: dict[str, Any], *clocks: str) -> dict[str, Any]:
-    return {name: value for name, value in numbers.items() if name not in clocks}
+    """Less what depends on clocks; None for a NaN, which would not equal itself."""
+    return {
+        name: None if value != value else value
+        for name, value in numbers.items()
+        if name not in clocks
+    }
