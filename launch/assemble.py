@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from headrace.pipeline import Link, Pipeline
+from headrace.pipeline.rules import Rule
 from headrace.pipeline.schedule import SCHEDULES
 from headrace.pipeline.settings import Settings
 
@@ -118,9 +119,11 @@ def make_pipeline(
         ValueError, TypeError: something in it cannot be; `Pipeline` says what.
     """
     options = config.pipeline
-    rule = None
-    if options.rule is not None:
-        rule = call("pipeline.rule", build("pipeline.rule", options.rule))
+    rule: Rule | list[Rule] | None = None
+    if isinstance(options.rule, list):
+        rule = [_make_rule(f"pipeline.rule[{k}]", each) for k, each in enumerate(options.rule)]
+    elif options.rule is not None:
+        rule = _make_rule("pipeline.rule", options.rule)
     return Pipeline(
         model,
         make_loss(config),
@@ -142,6 +145,11 @@ def make_pipeline(
         timeout=options.timeout,
         emulated_link=emulated_link,
     )
+
+
+def _make_rule(key: str, component: Component) -> Rule:
+    rule: Rule = call(key, build(key, component))
+    return rule
 
 
 def expected_staleness(config: Config, depths: Sequence[int]) -> tuple[float, ...]:

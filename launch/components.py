@@ -24,6 +24,17 @@ HOMES: dict[str, tuple[str, ...]] = {
     "data.test": ("headrace.launch.data",),
     "metrics": ("headrace.launch.metrics",),
     "pipeline.rule": ("headrace.pipeline.rules",),
+    "pipeline.rule.synthesizer": ("headrace.pipeline.synthesizers",),
+    "pipeline.rule.input_synthesizer": ("headrace.pipeline.synthesizers",),
+    "pipeline.rule.optimizer": ("torch.optim",),
+}
+
+# What a rule calls itself, at start: how many arguments it gives (shapes, parameters).
+DEFERRED = {
+    "pipeline.rule.synthesizer": 3,
+    "pipeline.rule.input_synthesizer": 3,
+    "pipeline.rule.optimizer": 1,
+    "pipeline.rule.head": 2,
 }
 
 
@@ -55,18 +66,25 @@ def find(key: str, class_path: str) -> Callable[..., Any]:
 
 
 def _short(key: str, name: str) -> Any:
-    homes = [importlib.import_module(home) for home in HOMES.get(key, ())]
-    if key == "pipeline.rule" and (found := _in_own_file(homes[0], name)) is not None:
-        return found
+    homes = [importlib.import_module(home) for home in HOMES.get(_place(key), ())]
+    if key.startswith("pipeline.rule") and homes:
+        found = _in_own_file(homes[0], name)
+        if found is not None:
+            return found
     for home in homes:
         found = getattr(home, name, None)
         if found is not None and not isinstance(found, ModuleType):
             return found
     known = sorted({n for home in homes for n in getattr(home, "__all__", vars(home))})
     has = f", which has {', '.join(known)}" if 0 < len(known) <= 20 else ""
-    where = f" in {' or '.join(HOMES[key])}" if homes else ""
+    where = f" in {' or '.join(HOMES[_place(key)])}" if homes else ""
     near = did_you_mean(name, known)
     raise ValueError(f"{key}: no {name!r}{where}{has}{near}; your own is written module.name")
+
+
+def _place(key: str) -> str:
+    """A key without the numbers of list items: `pipeline.rule[0].synthesizer`."""
+    return re.sub(r"\[\d+\]", "", key)
 
 
 def _in_own_file(package: ModuleType, name: str) -> Any:
@@ -75,7 +93,8 @@ def _in_own_file(package: ModuleType, name: str) -> Any:
         module = importlib.import_module(f"{package.__name__}.{name}")
     except ModuleNotFoundError:
         return None
-    return getattr(module, name.title().replace("_", ""), None)
+    wanted = name.replace("_", "")
+    return next((v for n, v in vars(module).items() if n.lower() == wanted), None)
 
 
 def _import(key: str, class_path: str) -> Any:
@@ -141,7 +160,7 @@ def _passed_by_position(key: str, target: Callable[..., Any]) -> int:
     """How many arguments are the engine's: parameters, an optimizer, or output and target."""
     if key == "loss":  # a class is built; a function is the loss itself
         return 0 if isinstance(target, type) else 2
-    return 1 if key in ("optimizer", "scheduler") else 0
+    return 1 if key in ("optimizer", "scheduler") else DEFERRED.get(_place(key), 0)
 
 
 def _settable(parameters: Iterable[inspect.Parameter], skip: int) -> dict[str, inspect.Parameter]:
@@ -179,6 +198,8 @@ def _nested(value: Any) -> Component | None:
 
 
 def _check_nested(key: str, value: Any) -> Any:
+    if _place(key) in DEFERRED and isinstance(value, str):
+        value = {"class_path": value}
     if isinstance(value, list):
         return [_check_nested(key, each) for each in value]
     if (component := _nested(value)) is None:
@@ -191,7 +212,10 @@ def _build_nested(key: str, value: Any) -> Any:
     if isinstance(value, list):
         return [_build_nested(key, each) for each in value]
     component = _nested(value)
-    return value if component is None else call(key, build(key, component))
+    if component is None:
+        return value
+    built = build(key, component)
+    return built if _place(key) in DEFERRED else call(key, built)
 
 
 def build(key: str, component: Component) -> Callable[..., Any]:

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, cast, get_args, get_origin, get_type_hints
 
 import torch
 from jsonargparse import ArgumentError, ArgumentParser
@@ -46,9 +46,10 @@ class PipelineOptions:
     """How the stages work together: the arguments of `headrace.pipeline.Pipeline`."""
 
     schedule: Annotated[Schedule, "gpipe, 1f1b: both exact; stream: never flushes"] = "stream"
-    rule: Annotated[Component | None, "exact, delayed …; null: delayed under stream, or exact"] = (
-        None
-    )
+    rule: Annotated[
+        Component | list[Component] | None,
+        "exact, delayed, synthetic, local, or a list of one a stage; null: delayed, or exact",
+    ] = None
     balance: Annotated[Balance, "how layers are cut: by a cost, layer counts, or first names"] = (
         "time"
     )
@@ -151,7 +152,7 @@ def to_yaml(config: Config) -> str:
 def _tree(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         return {f.name: _tree(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    return list(value) if isinstance(value, tuple) else value
+    return [_tree(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 # The command line ---------------------------------------------------------------------------
@@ -207,6 +208,16 @@ def _is_component(annotation: Any) -> bool:
     return Component in (annotation, *get_args(annotation))
 
 
+def _components(key: str, given: Any, annotation: Any) -> Component | list[Component] | None:
+    """One, or where a list may stand one of each item."""
+    if isinstance(given, list) and list[Component] in get_args(annotation):
+        return [
+            cast(Component, _component(f"{key}[{k}]", each, Component))
+            for k, each in enumerate(given)
+        ]
+    return _component(key, given, annotation)
+
+
 def _build(cls: Any, tree: Any, prefix: str = "") -> Any:
     """The dataclass `cls` from its part of the tree, every key and value checked."""
     if not isinstance(tree, dict):
@@ -222,7 +233,7 @@ def _build(cls: Any, tree: Any, prefix: str = "") -> Any:
     for each in dataclasses.fields(cls):
         key, annotation, given = prefix + each.name, annotations[each.name], tree.get(each.name)
         if _is_component(annotation):
-            values[each.name] = _component(key, given, annotation)
+            values[each.name] = _components(key, given, annotation)
         elif dataclasses.is_dataclass(annotation):
             values[each.name] = _build(annotation, given or {}, f"{key}.")
         elif each.name in tree:

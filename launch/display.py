@@ -41,10 +41,17 @@ def title(config: Config, stages: str) -> Text:
     """The run in one line: "digits  2 stages, stream, delayed (weights: stash), seed 0"."""
     options = config.pipeline
     rule = options.rule or Component("delayed" if options.schedule == "stream" else "exact")
-    arguments = ", ".join(f"{name}: {value}" for name, value in rule.init_args.items())
-    how = f"{rule.class_path} ({arguments})" if arguments else rule.class_path
+    how = " | ".join(map(_in_words, rule)) if isinstance(rule, list) else _in_words(rule)
     words = f"  {stages}, {options.schedule}, {how}, seed {config.seed}\n"
     return Text.assemble((config.name, "bold"), words)
+
+
+def _in_words(rule: Component) -> str:
+    shown = [
+        f"{name}: {value['class_path'] if isinstance(value, dict) else value}"
+        for name, value in rule.init_args.items()
+    ]
+    return f"{rule.class_path} ({', '.join(shown)})" if shown else rule.class_path
 
 
 # Numbers ------------------------------------------------------------------------------------
@@ -220,7 +227,13 @@ class ProgressLine:
             self._bar.stop()
 
     def update(
-        self, epoch: int, done: int, rate: float, loss: float, staleness: Sequence[float]
+        self,
+        epoch: int,
+        done: int,
+        rate: float,
+        loss: float,
+        staleness: Sequence[float],
+        cosine: Sequence[float | None] = (),
     ) -> None:
         """Show how far the run is, unless something was shown just now.
 
@@ -228,6 +241,7 @@ class ProgressLine:
             epoch: from 1.
             done: samples of the run so far.
             rate: samples per second.
+            staleness, cosine: of each stage; cosines are shown instead where there are any.
         """
         now = time.monotonic()
         if self._first is None:  # what came before it was the start, and says nothing of the rest
@@ -237,7 +251,9 @@ class ProgressLine:
             return
         self._printed = now
         before = f"epoch {epoch:>{len(str(self._epochs))}}/{self._epochs}"
-        after = f"{rate:>9,.0f} samples/s   loss {loss:<7.4g}  staleness {per_stage(staleness)}"
+        after = f"{rate:>9,.0f} samples/s   loss {loss:<7.4g}  "
+        known = [value for value in cosine if value is not None]
+        after += f"cosine {per_stage(known)}" if known else f"staleness {per_stage(staleness)}"
         if self._samples:
             pace = (now - self._first[0]) / (done - self._first[1])
             before += f"  {min(done / self._samples, 1.0):4.0%}"

@@ -55,7 +55,12 @@ class Journal:
         """At a log interval."""
         done = self._samples + progress.samples
         self._line.update(
-            epoch, done, progress.samples_per_second, progress.loss, progress.staleness
+            epoch,
+            done,
+            progress.samples_per_second,
+            progress.loss,
+            progress.staleness,
+            progress.cosine,
         )
         values = {
             "epoch": epoch,
@@ -66,6 +71,12 @@ class Journal:
             "staleness": progress.staleness,
             "busy": progress.busy,
         }
+        values |= _known(
+            synthesizer_loss=progress.synthesizer_loss,
+            cosine=progress.cosine,
+            lag=progress.lag,
+            local_loss=progress.local_loss,
+        )
         self._files.log("progress", done, values)
 
     def epoch(self, epoch: int, report: Report) -> None:
@@ -125,6 +136,14 @@ class Journal:
             "staleness": [f"{stage.staleness_mean:.2f}" for stage in statistics],
             "busy": [f"{stage.busy:.0%}" for stage in statistics],
         }
+        for name, digits, column in (
+            ("lag", ".1f", [stage.lag_mean for stage in statistics]),
+            ("cosine", ".2f", [stage.cosine for stage in statistics]),
+            ("synthesizer loss", ".2g", [stage.synthesizer_loss for stage in statistics]),
+            ("local loss", ".3g", [stage.local_loss for stage in statistics]),
+        ):
+            if any(value is not None for value in column):
+                stages[name] = ["-" if v is None else format(v, digits) for v in column]
         return results_table(rows, stages, {"files": str(self._files.folder)})
 
     def _summary(
@@ -142,6 +161,12 @@ class Journal:
                 "busy": stage.busy,
                 "learning_rate": stage.learning_rate,
             }
+            | _known(
+                lag_mean=stage.lag_mean,
+                synthesizer_loss=stage.synthesizer_loss,
+                cosine=stage.cosine,
+                local_loss=stage.local_loss,
+            )
             for stage, layers in zip(statistics, self._partition.stages, strict=True)
         ]
         return {
@@ -161,6 +186,15 @@ class Journal:
                 "headrace": _version(),
             },
         }
+
+
+def _known(**values: Any) -> dict[str, Any]:
+    """Those that are there: of all stages, or of one."""
+    return {
+        name: value
+        for name, value in values.items()
+        if (any(v is not None for v in value) if isinstance(value, tuple) else value is not None)
+    }
 
 
 def _version() -> str | None:

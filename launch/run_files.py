@@ -44,7 +44,8 @@ class RunFiles:
                 numbers = value if isinstance(value, list | tuple) else [value]
                 for j, number in enumerate(numbers):
                     tag = f"{event}/{name}" + (f"/stage {j}" if numbers is value else "")
-                    self._board.add_scalar(tag, number, step)
+                    if number is not None:
+                        self._board.add_scalar(tag, number, step)
 
     def finish(self, summary: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
         """Write summary.json and weights.pt, each whole or not at all, and close the others."""
