@@ -23,6 +23,7 @@ __all__ = [
     "make_metrics",
     "make_model",
     "make_pipeline",
+    "make_rule",
     "make_settings",
     "samples_per_epoch",
     "updates",
@@ -121,9 +122,9 @@ def make_pipeline(
     options = config.pipeline
     rule: Rule | list[Rule] | None = None
     if isinstance(options.rule, list):
-        rule = [_make_rule(f"pipeline.rule[{k}]", each) for k, each in enumerate(options.rule)]
+        rule = [make_rule(f"pipeline.rule[{k}]", each) for k, each in enumerate(options.rule)]
     elif options.rule is not None:
-        rule = _make_rule("pipeline.rule", options.rule)
+        rule = make_rule("pipeline.rule", options.rule)
     return Pipeline(
         model,
         make_loss(config),
@@ -147,7 +148,12 @@ def make_pipeline(
     )
 
 
-def _make_rule(key: str, component: Component) -> Rule:
+def make_rule(key: str, component: Component) -> Rule:
+    """A rule, as it is configured under this key.
+
+    Raises:
+        ValueError: it cannot be made.
+    """
     rule: Rule = call(key, build(key, component))
     return rule
 

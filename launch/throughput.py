@@ -19,7 +19,7 @@ from headrace.pipeline import Link
 from .config import Config, find_file, parse, read_overrides
 from .profiling.options import Options
 from .profiling.profiler import prepare, profile
-from .profiling.systems import DEFAULT_ROWS, SYSTEMS
+from .profiling.systems import SYSTEMS, default_rows
 from .ranks import check_stages, processes, refuse
 from .strict_yaml import load
 
@@ -72,7 +72,7 @@ def parse_command(arguments: Sequence[str]) -> tuple[Config, Options]:
     keys = dict(read_overrides(rest))
     file = keys.pop("config", None)
     return config, Options(
-        rows=own.rows,
+        rows=own.rows or default_rows(config),
         rounds=own.rounds,
         steps=own.steps,
         micro_batches=own.micro_batches,
@@ -95,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--rows", nargs="+", default=DEFAULT_ROWS, metavar="ROW", help=", ".join(SYSTEMS))
+    add("--rows", nargs="+", default=[], metavar="ROW", help=", ".join(SYSTEMS))
     add("--rounds", type=int, default=3, help="times that each row is measured (default 3)")
     add("--steps", type=int, help="mini-batches of a measurement (default: a second's, 20 or more)")
     add(

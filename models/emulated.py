@@ -1,6 +1,7 @@
 """Emulated layers: they take a given time and almost no processor, so 8 stages fit 2 cores."""
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,18 +18,26 @@ def emulated(
     backward_ms: float = 20.0,
     width: int = 8,
     samples: int | None = None,
+    slowed: int | None = None,
+    pace: Sequence[float] = (),
 ) -> nn.Sequential:
     """`layers` equal `EmulatedLayer`s: (N, width) -> the same, and as long as the times say.
 
     For measuring a pipeline's schedule and transport apart from its arithmetic. For unequal
     layers, put `EmulatedLayer`s of different times into an `nn.Sequential`.
 
+    Args:
+        slowed: the layer, from 0, that goes at `pace`; the others keep theirs.
+
     Raises:
-        ValueError: `layers`, `width` or `samples` below 1, or a negative time.
+        ValueError: `layers`, `width` or `samples` below 1, a negative time, or no layer `slowed`.
     """
     check_positive(layers=layers)
+    if slowed is not None and not 0 <= slowed < layers:
+        raise ValueError(f"slowed={slowed!r}: give a layer from 0 to {layers - 1}")
+    paces = [pace if k == slowed else () for k in range(layers)]
     return nn.Sequential(
-        *(EmulatedLayer(forward_ms, backward_ms, width, samples) for _ in range(layers))
+        *(EmulatedLayer(forward_ms, backward_ms, width, samples, pace) for pace in paces)
     )
 
 
@@ -47,10 +56,17 @@ class EmulatedLayer(nn.Module):
     Args:
         samples: how many the times are for; others take in proportion. None: any number takes as
             long.
+        pace: factors of the times of its first forward in training, of the second, and so on over
+            and over, with the backward that belongs to each: a device that is slow for a while.
     """
 
     def __init__(
-        self, forward_ms: float, backward_ms: float, width: int, samples: int | None = None
+        self,
+        forward_ms: float,
+        backward_ms: float,
+        width: int,
+        samples: int | None = None,
+        pace: Sequence[float] = (),
     ) -> None:
         super().__init__()
         check_positive(width=width, **({} if samples is None else {"samples": samples}))
@@ -60,6 +76,9 @@ class EmulatedLayer(nn.Module):
         self.forward_ms = forward_ms
         self.backward_ms = backward_ms
         self.samples = samples
+        if any(not 0.0 <= factor < float("inf") for factor in pace):
+            raise ValueError(f"pace={pace!r}: give factors, 0 or more")
+        self.pace, self._count = tuple(pace), 0
         self.weight = nn.Parameter(torch.empty(width))
         self.reset_parameters()
 
@@ -68,6 +87,9 @@ class EmulatedLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         share = 1.0 if self.samples is None else len(x) / self.samples
+        if self.pace and self.training:
+            share *= self.pace[self._count % len(self.pace)]
+            self._count += 1
         _sleep(share * self.forward_ms / 1000)
         scaled = x * self.weight
         slept: Tensor = _SleepInBackward.apply(scaled, share * self.backward_ms / 1000)  # type: ignore[no-untyped-call]

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -23,6 +24,9 @@ from .settings import Settings, autocasting, compile_layers, make_optimizers, ma
 from .versions import Version
 
 __all__ = ["Flight", "Stage"]
+
+FIRST = 3
+"""Updates in which torch may warn of a scheduler's step before the optimizer's."""
 
 NONE: Mapping[str, Tensor] = {}
 
@@ -312,9 +316,16 @@ class Stage:
                 optimizer.step()
         for weight in self.owned.values():
             weight.grad = None
-        for scheduler in self.schedulers:
-            scheduler.step()
+        self._step_schedulers()
         self.version += 1
+
+    def _step_schedulers(self) -> None:
+        with warnings.catch_warnings():
+            # torch's, where the first updates of all were skipped: the rate follows the updates.
+            if self.schedulers and self.version < FIRST:
+                warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+            for scheduler in self.schedulers:
+                scheduler.step()
 
     def _clip(self, norm: Tensor | None) -> None:
         limit = self.settings.clip_grad_norm

@@ -19,8 +19,8 @@ LATE = 32
 
 
 def adam(parameters: Any) -> Optimizer:
-    """The optimizer of a synthesizer of which nothing else is said: Adam, at a rate of 1e-3."""
-    return torch.optim.Adam(parameters, lr=1e-3)
+    """The optimizer of a synthesizer of which nothing else is said: Adam, at a rate of 3e-3."""
+    return torch.optim.Adam(parameters, lr=3e-3)
 
 
 def make_seeded(make: Callable[[], nn.Module], seed: int, like: Tensor) -> nn.Module:

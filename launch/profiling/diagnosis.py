@@ -27,10 +27,11 @@ class Evidence:
     Args:
         partition: the cut used, its layers' costs measured for one micro-batch.
         links: of each hop.
-        slack: of each hop, as used.
+        slack: of each hop, as used; empty where no stage waits for gradients.
         busy: each stage's share of the time. data: the first stage's for its loader.
         samples_per_second, ceiling: measured.
         update_every, workers, autocast: of the configuration.
+        learning: each stage's share of the time for its synthesizers' learning.
     """
 
     partition: Partition
@@ -45,6 +46,7 @@ class Evidence:
     update_every: int = 1
     workers: int = 0
     autocast: bool = False
+    learning: Sequence[float] = ()
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Diagnosis:
 def diagnose(e: Evidence) -> Diagnosis:
     """Say what limits this pipeline, and what to set."""
     lines, fixes = [_bottleneck(e)], dict[str, Any]()
-    for look in (_balance, _one_layer, _bandwidth, _slack, _loader, _flush, _rest):
+    for look in (_balance, _one_layer, _bandwidth, _slack, _learning, _loader, _flush, _rest):
         line, fix = look(e)
         if line:
             lines.append(line)
@@ -182,7 +184,7 @@ def _bandwidth(e: Evidence) -> Finding:
 
 def _slack(e: Evidence) -> Finding:
     """On the cut that is advised, so that both advices go together."""
-    if SCHEDULES[e.schedule].flushes or not e.links:
+    if SCHEDULES[e.schedule].flushes or not e.links or not e.slack:
         return NOTHING
     partition = _advised(e)
     hops = [k.seconds(size) for k, size in zip(e.links, _sent(partition), strict=True)]
@@ -197,6 +199,20 @@ def _slack(e: Evidence) -> Finding:
         f"slack {[*e.slack]} does not hide that: set pipeline.slack to {chosen} (stage 0's "
         f"gradients are then {stale[1]:g} updates old, not {stale[0]:g})",
         {"pipeline.slack": chosen},
+    )
+
+
+def _learning(e: Evidence) -> Finding:
+    """More than a tenth: the network's own work should come first."""
+    share = max(e.learning, default=0.0)
+    if share <= 1 - NEARLY_ALL:
+        return NOTHING
+    stage = list(e.learning).index(share)
+    return (
+        f"the synthesizer of stage {stage} spends {share:.0%} of that stage's time on learning, "
+        "which no cut knows of: take a smaller one (linear, or a lower width), or larger "
+        "micro-batches",
+        {},
     )
 
 
@@ -232,7 +248,9 @@ def _rest(e: Evidence) -> Finding:
     if SCHEDULES[e.schedule].flushes:
         return NOTHING
     work = e.partition.costs
-    allowed = e.ceiling * sum(work) / len(work) / _period(e.partition, e.links, e.slack)
+    # Without gradients to wait for, the slowest stage or link alone is the limit.
+    slowest = _period(e.partition, e.links, e.slack) if e.slack else _limit(e.partition, e.links)
+    allowed = e.ceiling * sum(work) / len(work) / slowest
     share = e.samples_per_second / allowed
     if math.isnan(share) or share >= NEARLY_ALL:
         return NOTHING

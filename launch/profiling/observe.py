@@ -15,6 +15,7 @@ from headrace.pipeline.timeline import Work
 
 from ..assemble import make_loader
 from .costs import Passes, measure_passes
+from .systems import SYSTEMS
 from .systems.headrace import Flushing, Stream
 from .workload import Batch, Workload
 
@@ -59,7 +60,8 @@ class Observation:
 
     Args:
         stream: at work. flush: 1F1B, if it can be.
-        slack: of each hop. busy: each stage's share. data: the first stage's, with the loader.
+        slack: of each hop; empty where no stage waits for gradients.
+        busy: each stage's share. data: the first stage's, with the loader.
     """
 
     stream: Recorded
@@ -76,22 +78,22 @@ class Observation:
         return [each for each in (self.stream, self.flush) if each is not None]
 
 
-def observe(work: Workload, cut: Partition, weights: str, micro_batches: int) -> Observation:
+def observe(work: Workload, cut: Partition, row: str, micro_batches: int) -> Observation:
     """Run both for some mini-batches.
 
     Args:
-        weights: the stream's policy. micro_batches: 1F1B's; 0 leaves it out.
+        row: the stream's. micro_batches: 1F1B's; 0 leaves it out.
     """
     count = max(RECORDED, work.steps_of_a_second(cut) // 2)
     batches = work.of_steps(count).batches
-    stream = Stream(weights)
+    stream = _stream(row)
     stream.build(work, cut, 1)
     stream.train(work.of_steps(stream.warm_up_steps()).batches)
     pipe = stream.pipe
     pipe.reset_shares()
     streamed = _record("stream", pipe, batches, work.config.pipeline.micro_batches)
     busy = [row.busy for row in pipe.statistics()]
-    slack = [a - b - 1 for a, b in pairwise(pipe.depths)]
+    slack = [a - b - 1 for a, b in pairwise(pipe.depths)] if any(pipe.depths) else []
     links = pipe.measure_links()
     data = _share_of_loading(work, pipe, count)
     stream.close()
@@ -105,6 +107,12 @@ def observe(work: Workload, cut: Partition, weights: str, micro_batches: int) ->
         flush.close()
     passes = measure_passes(work, sum(p.nbytes for p in work.model().parameters()))
     return Observation(streamed, flushed, links, slack, busy, data, passes)
+
+
+def _stream(row: str) -> Stream:
+    system = SYSTEMS[row]()
+    assert isinstance(system, Stream)
+    return system
 
 
 def _record(name: str, pipe: Pipeline, batches: list[Batch], parts: int) -> Recorded:
@@ -133,9 +141,9 @@ def excerpt(recorded: Sequence[Recorded]) -> dict[str, Timeline]:
     return windows
 
 
-def trace_kernels(work: Workload, cut: Partition, weights: str, path: Path) -> None:
+def trace_kernels(work: Workload, cut: Partition, row: str, path: Path) -> None:
     """Write this rank's torch.profiler trace of a few mini-batches, our spans in it."""
-    system = Stream(weights)
+    system = _stream(row)
     system.build(work, cut, 1)
     system.train(work.batches[:5])
     with torch.profiler.profile() as profiler, system.pipe.record():

@@ -17,6 +17,7 @@ COLOURS = {
     Work.FORWARD: "#3B8BC2",
     Work.BACKWARD: "#E8A33D",
     Work.UPDATE: "#2A9D78",
+    Work.LEARN: "#8D6CAB",
     Work.WAIT: "#ECECEC",
     Work.DATA: "#C77CAB",
 }
@@ -26,6 +27,7 @@ NAMES = {
     Work.FORWARD: "forward",
     Work.BACKWARD: "backward",
     Work.UPDATE: "update",
+    Work.LEARN: "a synthesizer learning",
     Work.WAIT: "waiting for a neighbour",
     Work.DATA: "waiting for data",
 }

@@ -14,7 +14,8 @@ from .costs import Costs, beside_the_layers, measure_layers, typical
 from .observe import Observation, observe, trace_kernels
 from .options import Options
 from .prediction import COPIES
-from .report import Results, check_extras, tell, tell_plan, weights_of
+from .report import Results, check_extras, tell, tell_plan
+from .systems import observed
 from .workload import Workload
 
 __all__ = ["prepare", "profile"]
@@ -54,13 +55,13 @@ def profile(work: Workload, cut: Partition, options: Options) -> None:
     entries = hold(work, cut, rows, counts, options.rounds, watch, measure)
     layers = {samples: typical(costs) for samples, costs in measured.items()}
     parts = _best_parts(entries) or next((m for m in counts if m <= work.samples), 0)
-    weights = weights_of(rows)
-    seen = observe(work, cut, weights, parts)
+    row = observed(rows)
+    seen = observe(work, cut, row, parts)
     if options.torch_profiler:
-        trace_kernels(work, cut, weights, folder / f"torch-profiler-rank{work.rank}.json")
+        trace_kernels(work, cut, row, folder / f"torch-profiler-rank{work.rank}.json")
         work.barrier()
     if work.rank == 0:
-        costs = _costs(work, cut, layers, seen, weights) if options.predicts else None
+        costs = _costs(work, cut, layers, seen, row) if options.predicts else None
         cut = replace(cut, layers=next(iter(layers.values())))
         tell(Results(work, cut, options, folder, entries, seen, costs), out)
 
@@ -94,7 +95,7 @@ def _costs(
     cut: Partition,
     layers: dict[int, tuple[LayerCost, ...]],
     seen: Observation,
-    weights: str,
+    row: str,
 ) -> Costs:
     few = max(1, work.samples // 16)
     costs = Costs(
@@ -108,7 +109,7 @@ def _costs(
     )
     stream, flush = seen.stream, seen.flush
     every = work.config.pipeline.update_every
-    works = costs.streamed(stream.parts, every, COPIES.get(f"stream:{weights}", 0))
+    works = costs.streamed(stream.parts, every, COPIES.get(row, 0))
     costs = replace(
         costs, streaming=beside_the_layers(stream.timeline, stream.micro_batches, works, every)
     )

@@ -15,9 +15,10 @@ from rich.padding import Padding
 
 from headrace.pipeline.partition import Partition
 from headrace.pipeline.schedule import SCHEDULES
-from headrace.pipeline.timeline import chrome_trace
+from headrace.pipeline.timeline import Work, chrome_trace
 
-from ..assemble import expected_staleness
+from ..assemble import expected_staleness, make_rule
+from ..config import PipelineOptions
 from ..data.checks import import_extra
 from ..display import partition_table, title
 from .contest import Entry, best
@@ -28,6 +29,7 @@ from .observe import Observation, excerpt
 from .options import Options
 from .pictures import draw_bandwidth, draw_speed_up, draw_timelines
 from .prediction import by_bandwidth, by_stages, predict, winners
+from .systems import observed
 from .table import (
     comparison_table,
     curves_table,
@@ -41,7 +43,7 @@ from .table import (
 from .text import timelines_text
 from .workload import Workload
 
-__all__ = ["Results", "check_extras", "tell", "tell_plan", "weights_of"]
+__all__ = ["Results", "check_extras", "tell", "tell_plan"]
 
 
 @dataclass(frozen=True)
@@ -81,12 +83,6 @@ class Results:
         )
 
 
-def weights_of(rows: Sequence[str]) -> str:
-    """The policy to look at: that of the first stream row."""
-    streams = [row.partition(":")[2] for row in rows if row.startswith("stream:")]
-    return streams[0].partition("+")[0] if streams else "stash"
-
-
 def check_extras(options: Options) -> None:
     """Find out before the measuring whether what it is for can be made.
 
@@ -105,9 +101,17 @@ def tell_plan(work: Workload, cut: Partition, out: Console) -> None:
     out.print(title(work.config, f"{emulated}{work.ranks} ranks, {work.device.type}"))
     options = work.config.pipeline
     slack = 1 if options.slack == "auto" else options.slack
-    depths = SCHEDULES[options.schedule].depths(work.ranks, slack)
+    late = _waits(options, work.ranks)
+    depths = SCHEDULES[options.schedule].depths(work.ranks, slack if any(late[:-1]) else 0, late)
     out.print(partition_table(cut, expected_staleness(work.config, depths)))
     out.print()
+
+
+def _waits(options: PipelineOptions, ranks: int) -> list[bool]:
+    """Whether each stage waits for its gradients, under the configured rule."""
+    rule = options.rule
+    rules = rule if isinstance(rule, list) else [rule] * ranks
+    return [each is None or make_rule("pipeline.rule", each).ahead is None for each in rules]
 
 
 def tell(found: Results, out: Console) -> None:
@@ -142,8 +146,12 @@ def _evidence(found: Results) -> Evidence:
         autocast=options.autocast is not None,
         busy=seen.busy if streams else [math.nan] * len(seen.busy),
         data=seen.data,
-        samples_per_second=rates.get(f"stream:{weights_of(found.options.rows)}", math.nan),
+        samples_per_second=rates.get(observed(found.options.rows), math.nan),
         ceiling=rates.get("ceiling", math.nan),
+        learning=[
+            seen.stream.timeline.share(j, Work.LEARN) if streams else 0.0
+            for j in range(len(seen.busy))
+        ],
     )
 
 

@@ -11,7 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from headrace.pipeline import Timeline
-from headrace.pipeline.timeline import Work
+from headrace.pipeline.timeline import Span, Work
 
 from .contest import Entry
 from .prediction import Curve
@@ -144,6 +144,7 @@ def time_table(timeline: Timeline, batches: float) -> Table:
         "forward": (Work.FORWARD,),
         "backward": (Work.BACKWARD,),
         "update": (Work.UPDATE,),
+        **({"learning": (Work.LEARN,)} if any(map(_learns, timeline.stages)) else {}),
         "sending": (Work.SEND_DOWN, Work.SEND_UP),
         "waiting": (Work.WAIT,),
         "data": (Work.DATA,),
@@ -155,6 +156,10 @@ def time_table(timeline: Timeline, batches: float) -> Table:
         engine = 1e3 * sum(end - start for start, end in timeline.idle(stage)) / batches
         table.add_row(f"stage {stage}", *(f"{ms:.3f}" for ms in (*parts, engine, period)))
     return table
+
+
+def _learns(spans: Sequence[Span]) -> bool:
+    return any(span.work is Work.LEARN for span in spans)
 
 
 def curves_table(curves: Sequence[Curve]) -> Table:

@@ -7,11 +7,18 @@ from headrace.pipeline.timeline import WORKING, Work
 
 __all__ = ["LEGEND", "timeline_text", "timelines_text"]
 
-LETTERS = {Work.FORWARD: "F", Work.BACKWARD: "B", Work.UPDATE: "u", Work.WAIT: ".", Work.DATA: "d"}
+LETTERS = {
+    Work.FORWARD: "F",
+    Work.BACKWARD: "B",
+    Work.UPDATE: "u",
+    Work.LEARN: "l",
+    Work.WAIT: ".",
+    Work.DATA: "d",
+}
 
 LEGEND = """\
-F forward, B backward, u update, . waiting for a neighbour, d waiting for data, blank: the engine;
-at the right the share of the time at work"""
+F forward, B backward, u update, l learning of a synthesizer, . waiting for a neighbour,
+d waiting for data, blank: the engine; at the right the share of the time at work"""
 
 
 def timeline_text(timeline: Timeline, width: int = 72) -> str:

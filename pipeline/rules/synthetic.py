@@ -40,7 +40,7 @@ class Synthetic(Rule):
             stage's output; None chooses by them (`synthesizers.choose`). Its layer `last`, if it
             has one, starts at zero, so that the first synthetic gradient is.
         conditional: tell M the target (cDNI). classes: how many, where targets are labels.
-        optimizer: a function of M's (name, Parameter) pairs; None is Adam at 1e-3.
+        optimizer: a function of M's (name, Parameter) pairs; None is Adam at 3e-3.
         lag: M learns from micro-batch i - lag right after the update of i, waiting for its gradient
             if need be: the same numbers in every run. A stage behind it that waits for its own
             gradients adds its delay. 'free': whenever one has come, which hides what is late.

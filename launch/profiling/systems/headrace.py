@@ -3,11 +3,15 @@
 import math
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
+
+import torch
 
 from headrace.pipeline import Pipeline
+from headrace.pipeline.nest import to_device
 from headrace.pipeline.partition import Partition
 from headrace.pipeline.pipeline import TUNE_AT
+from headrace.pipeline.schedule import SCHEDULES
 
 from ...assemble import expected_staleness, make_pipeline
 from ...components import Component
@@ -15,7 +19,7 @@ from ...config import PipelineOptions
 from ..workload import Batch, Workload
 from .system import Facts, System
 
-__all__ = ["Flushing", "Recorded", "Stream"]
+__all__ = ["Configured", "Flushing", "Recorded", "Stream", "Unlocked"]
 
 
 class _Headrace(System):
@@ -57,18 +61,60 @@ class Stream(_Headrace):
         slack: None is the configuration's.
     """
 
-    def __init__(self, weights: str, slack: Literal["auto"] | None = None) -> None:
+    def __init__(self, weights: str = "stash", slack: Literal["auto"] | None = None) -> None:
         self.weights, self.slack = weights, slack
 
     def options(self, options: PipelineOptions, micro_batches: int) -> PipelineOptions:
         rule = Component("delayed", {"weights": self.weights})
-        return replace(options, schedule="stream", rule=rule, slack=self.slack or options.slack)
+        slack = self.slack or options.slack
+        return replace(options, schedule="stream", rule=rule, slack=slack)
 
     def warm_up_steps(self) -> int:
         options = self._config.pipeline
-        fill = 2 * self.pipe.depths[0] + 4
+        fill = 2 * max(self.pipe.depths[0], self.pipe.stages) + 4
         tune = TUNE_AT + 2 * self.pipe.stages if options.slack == "auto" else 0
         return math.ceil((fill + tune) / options.micro_batches)
+
+
+class Configured(Stream):
+    """The stream as the configuration has it, under its own rule or rules."""
+
+    def refuses(self, work: Workload, cut: Partition, micro_batches: int) -> str | None:
+        if SCHEDULES[work.config.pipeline.schedule].flushes:
+            return f"schedule {work.config.pipeline.schedule}: it has rows of its own"
+        return None
+
+    def options(self, options: PipelineOptions, micro_batches: int) -> PipelineOptions:
+        return options
+
+
+class Unlocked(Stream):
+    """The stream under a rule of which no stage waits for gradients.
+
+    The rule's other arguments are the configuration's, where it has that rule.
+    """
+
+    def __init__(self, rule: str, **arguments: Any) -> None:
+        super().__init__()
+        self.rule, self.arguments = rule, arguments
+
+    def build(self, work: Workload, cut: Partition, micro_batches: int) -> None:
+        if self.rule == "local" and not _own_rule(work.config.pipeline, "local"):
+            # As many as the network itself has.
+            with torch.no_grad():
+                output = work.model().to(work.device)(to_device(work.batches[0][0], work.device))
+            self.arguments = {"outputs": output.shape[-1], **self.arguments}
+        super().build(work, cut, micro_batches)
+
+    def options(self, options: PipelineOptions, micro_batches: int) -> PipelineOptions:
+        rule = Component(self.rule, {**_own_rule(options, self.rule), **self.arguments})
+        return replace(options, schedule="stream", rule=rule, slack=0)
+
+
+def _own_rule(options: PipelineOptions, name: str) -> dict[str, Any]:
+    """The arguments of the configuration's rule, if it is of that name."""
+    rule = options.rule
+    return rule.init_args if isinstance(rule, Component) and rule.class_path == name else {}
 
 
 class Recorded(Stream):
