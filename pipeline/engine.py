@@ -16,7 +16,7 @@ import math
 import statistics
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from itertools import accumulate, chain
@@ -353,21 +353,20 @@ class Engine:
 
     def _learn(self, index: int) -> Steps:
         """Take in what came back for micro-batch `index` and those before, and what came early."""
-        stage = self.stage
+        stage, links = self.stage, self.links
         waiting = stage.awaiting_gradient
-        while (
-            reply := (yield from self._due(waiting, self.links.from_downstream, index))
-        ) is not None:
-            gradients = self._hear(reply, waiting[0].index)
-            self._check(waiting[0], gradients)
-            self.recorder.run(Work.LEARN, reply.index, stage.learn, gradients)
+        while reply := (yield from self._due(waiting, links.from_downstream, index)):
+            flight = waiting[0]
+            gradients = self._hear(reply, flight.index)
+            finite = self.recorder.run(Work.LEARN, reply.index, stage.learn, gradients)
+            self._check_arrived(finite, "the gradient that came back", flight)
         waiting = stage.awaiting_input
-        while (
-            real := (yield from self._due(waiting, self.links.from_upstream, index))
-        ) is not None:
-            assert real.index == waiting[0].index
+        while real := (yield from self._due(waiting, links.from_upstream, index)):
+            flight = waiting[0]
+            assert real.index == flight.index
             x, _ = cast(tuple[Nest, Nest], real.body)
-            self.recorder.run(Work.LEARN, real.index, stage.learn_input, x)
+            finite = self.recorder.run(Work.LEARN, real.index, stage.learn_input, x)
+            self._check_arrived(finite, "the input from the stage before", flight)
         if stage.is_first and self._losses:
             self._tell(-1, [])
 
@@ -388,20 +387,17 @@ class Engine:
         self.progress += message is not None
         return message
 
-    def _check(self, flight: Flight, gradients: Iterable[Tensor | None]) -> None:
-        """A synthesizer must not learn from what is not finite; a guess is looked at before."""
+    def _check_arrived(self, finite: bool, what: str, flight: Flight) -> None:
+        """Stop on what is not finite; the guess that stood for it was looked at before."""
         stage = self.stage
-        if not stage.settings.stops_on_nonfinite:
+        if finite or not stage.settings.stops_on_nonfinite:
             return
-        if not all_finite([gradient for gradient in gradients if gradient is not None]):
-            outputs = [t for t in leaves(flight.output) if t.is_floating_point()]
-            what = "the gradient that came back is not finite"
-            if not all_finite(outputs):
-                what = "the output of this stage is not finite"
-            raise FloatingPointError(
-                f"stage {stage.index} of {stage.count}, micro-batch {flight.index}: {what}. Try a "
-                "lower learning rate, clip_grad_norm=1.0, or on_nonfinite='skip'"
-            )
+        if not all_finite([t for t in leaves(flight.output) if t.is_floating_point()]):
+            what = "the output of this stage"
+        raise FloatingPointError(
+            f"stage {stage.index} of {stage.count}, micro-batch {flight.index}: {what} is not "
+            "finite. Try a lower learning rate, clip_grad_norm=1.0, or on_nonfinite='skip'"
+        )
 
     def _update(self) -> Steps:
         stage = self.stage

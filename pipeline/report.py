@@ -4,7 +4,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -168,7 +168,16 @@ class Row:
 
     def numbers(self) -> tuple[float, ...]:
         """Write it as numbers, for a header."""
-        return astuple(self)
+        return (
+            self.staleness,
+            self.busy_seconds,
+            self.clock,
+            self.skipped,
+            self.lag,
+            self.synthesizer_loss,
+            self.cosine,
+            self.local_loss,
+        )
 
     @classmethod
     def read(cls, numbers: Sequence[float]) -> "list[Row]":

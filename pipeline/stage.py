@@ -204,17 +204,20 @@ class Stage:
         if flight.source is not None:
             self.awaiting_input.append(flight)
 
-    def learn(self, gradients: Sequence[Tensor | None]) -> None:
-        """Take in what came back for the micro-batch that has waited longest for it."""
+    def learn(self, gradients: Sequence[Tensor | None]) -> bool:
+        """Take in what came back for the micro-batch that has waited longest for it; whether all
+        of it was finite.
+        """
         flight = self.awaiting_gradient.popleft()
-        if any(gradient is not None for gradient in gradients):
-            self.rule.arrive(self, flight, gradients)
-            self.latest_lag = self.version - flight.version
-            self.lag[self.version - flight.version] += 1
+        if all(gradient is None for gradient in gradients):
+            return True
+        self.latest_lag = self.version - flight.version
+        self.lag[self.version - flight.version] += 1
+        return self.rule.arrive(self, flight, gradients)
 
-    def learn_input(self, x: Nest) -> None:
-        """Take in the real input of the micro-batch that has waited longest for it."""
-        self.rule.arrive_input(self, self.awaiting_input.popleft().source, x)
+    def learn_input(self, x: Nest) -> bool:
+        """Take in the real input of the micro-batch that has waited longest for it; as `learn`."""
+        return self.rule.arrive_input(self, self.awaiting_input.popleft().source, x)
 
     def infer(self, x: Nest) -> Nest:
         """Run forward on the newest weights without a gradient."""
@@ -320,11 +323,13 @@ class Stage:
         self.version += 1
 
     def _step_schedulers(self) -> None:
-        with warnings.catch_warnings():
-            # torch's, where the first updates of all were skipped: the rate follows the updates.
-            if self.schedulers and self.version < FIRST:
+        for scheduler in self.schedulers:
+            if self.version >= FIRST:
+                scheduler.step()
+                continue
+            with warnings.catch_warnings():
+                # torch's, where the first updates of all were skipped: the rate follows updates.
                 warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
-            for scheduler in self.schedulers:
                 scheduler.step()
 
     def _clip(self, norm: Tensor | None) -> None:

@@ -20,7 +20,7 @@ LATE = 32
 
 def adam(parameters: Any) -> Optimizer:
     """The optimizer of a synthesizer of which nothing else is said: Adam, at a rate of 3e-3."""
-    return torch.optim.Adam(parameters, lr=3e-3)
+    return torch.optim.Adam(parameters, lr=3e-3, fused=True)
 
 
 def make_seeded(make: Callable[[], nn.Module], seed: int, like: Tensor) -> nn.Module:
@@ -37,16 +37,13 @@ class Mean:
 
     def __init__(self) -> None:
         self._values: deque[float] = deque(maxlen=LATE)
+        self.value = math.nan
 
     def add(self, value: float) -> None:
         """Take another one in."""
         if math.isfinite(value):
             self._values.append(value)
-
-    @property
-    def value(self) -> float:
-        """What it is now."""
-        return sum(self._values) / len(self._values) if self._values else math.nan
+            self.value = sum(self._values) / len(self._values)
 
 
 class Teachable:
@@ -59,7 +56,8 @@ class Teachable:
 
     def __init__(self, network: nn.Module, optimizer: OptimizerFactory) -> None:
         self.network = network
-        self._dtype = next((p.dtype for p in network.parameters()), torch.float32)
+        self._parameters = list(network.parameters())
+        self._dtype = self._parameters[0].dtype if self._parameters else torch.float32
         self._optimizers = make_optimizers(optimizer, list(network.named_parameters()))
         self.loss, self.cosine = Mean(), Mean()
 
@@ -68,26 +66,30 @@ class Teachable:
         with torch.no_grad():
             return self._call(x, target)
 
-    def learn(self, x: Tensor, wanted: Tensor, target: Any = None) -> None:
+    def learn(self, x: Tensor, wanted: Tensor, target: Any = None) -> bool:
         """One step on ‖M(x) - wanted‖², summed over a sample and averaged over samples.
 
-        Both are taken as they are: nothing flows back through them. One whose loss is not finite
-        is left out.
+        Both are taken as they are: nothing flows back through them.
+
+        Returns:
+            Whether the loss is finite; without a step if it is not.
         """
         prediction = self._call(x.detach(), target)
-        wanted = wanted.detach().to(self._dtype)
-        loss = (prediction - wanted).square().flatten(1).sum(1).mean()
-        flat = prediction.detach().flatten(), wanted.flatten()
-        cosine = torch.nn.functional.cosine_similarity(*flat, dim=0)
-        value, alike = torch.stack([loss.detach(), cosine]).tolist()
-        if not math.isfinite(value):
-            return
-        self.loss.add(value)
-        self.cosine.add(alike)
-        torch.autograd.backward(loss)
+        given, wanted = prediction.detach().flatten(), wanted.detach().to(self._dtype).flatten()
+        error = given - wanted
+        rows = torch.stack([error, given, wanted])
+        (loss, _, _), (_, given2, inner), (_, _, wanted2) = (rows @ rows.T).tolist()
+        if not math.isfinite(loss):
+            return False
+        self.loss.add(loss / len(x))
+        self.cosine.add(inner / max(math.sqrt(given2 * wanted2), 1e-30))
+        # The loss's gradient with respect to the prediction, 2/N (M(x) - wanted), by hand.
+        torch.autograd.backward(prediction, error.mul_(2 / len(x)).view_as(prediction))
         for optimizer in self._optimizers:
             optimizer.step()
-            optimizer.zero_grad()
+        for parameter in self._parameters:
+            parameter.grad = None
+        return True
 
     def _call(self, x: Tensor, target: Any) -> Tensor:
         x = x.to(self._dtype) if x.is_floating_point() else x
@@ -107,6 +109,6 @@ class SyntheticGradient(Teachable):
         """∂L/∂h of h (N, …) as it is guessed: of the same shape."""
         return super().guess(x, target).to(x.dtype).div_(len(x))
 
-    def learn(self, x: Tensor, wanted: Tensor, target: Any = None) -> None:
-        """Learn from the gradient ∂L/∂h (N, …) that has arrived for h."""
-        super().learn(x, wanted.to(self._dtype) * len(x), target)
+    def learn(self, x: Tensor, wanted: Tensor, target: Any = None) -> bool:
+        """Learn from the gradient ∂L/∂h (N, …) that has arrived for h; as above."""
+        return super().learn(x, wanted.to(self._dtype) * len(x), target)

@@ -66,12 +66,16 @@ class Rule:
         """A gradient for each tensor of a micro-batch's output, to go back with at once."""
         raise NotImplementedError
 
-    def arrive(self, stage: "Stage", flight: "Flight", gradients: Sequence[Tensor | None]) -> None:
+    def arrive(self, stage: "Stage", flight: "Flight", gradients: Sequence[Tensor | None]) -> bool:
         """Learn from the gradients that came back for a micro-batch whose weights moved long ago.
 
         Args:
             flight: its output and target are there still.
+
+        Returns:
+            Whether all that it learned from was finite; what was not is left out.
         """
+        return True
 
     knows_inputs = True
     """Whether a real input has been seen, where inputs are guessed."""
@@ -83,8 +87,9 @@ class Rule:
         """The stage's input, from the network's own; with `synthesizes_inputs`."""
         raise NotImplementedError
 
-    def arrive_input(self, stage: "Stage", source: Any, x: Any) -> None:
-        """Learn from the input that the stage before really gave."""
+    def arrive_input(self, stage: "Stage", source: Any, x: Any) -> bool:
+        """Learn from the input that the stage before really gave; as `arrive`."""
+        return True
 
     def before_update(self, stage: "Stage") -> None:
         """Take a last look before the optimizer moves the weights."""

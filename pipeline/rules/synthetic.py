@@ -169,12 +169,16 @@ class Synthetic(Rule):
         start_at_zero(network)
         return SyntheticGradient(network, self._optimizer)
 
-    def arrive(self, stage: "Stage", flight: "Flight", gradients: Sequence[Tensor | None]) -> None:
+    def arrive(self, stage: "Stage", flight: "Flight", gradients: Sequence[Tensor | None]) -> bool:
         target = flight.target if self._conditional else None
         triples = zip(self._synthesizers or (), leaves(flight.output), gradients, strict=False)
-        for synthesizer, h, gradient in triples:
-            if synthesizer is not None and gradient is not None:
+        return all(
+            [
                 synthesizer.learn(h, gradient, target)
+                for synthesizer, h, gradient in triples
+                if synthesizer is not None and gradient is not None
+            ]
+        )
 
     # Inputs ------------------------------------------------------------------------------------
 
@@ -206,10 +210,10 @@ class Synthetic(Rule):
         (given,) = leaves(source)
         return self._input.guess(given).requires_grad_()
 
-    def arrive_input(self, stage: "Stage", source: Nest, x: Nest) -> None:
+    def arrive_input(self, stage: "Stage", source: Nest, x: Nest) -> bool:
         assert self._input is not None
         (given,), (wanted,) = leaves(source), leaves(x)
-        self._input.learn(given, wanted)
+        return self._input.learn(given, wanted)
 
 
 def _seed(stage: "Stage", which: int) -> int:
