@@ -144,7 +144,11 @@ class Synthetic(Rule):
         return [None if m is None else self._guess(m, h.detach(), target) for h, m in both]
 
     def _guess(self, synthesizer: SyntheticGradient, h: Tensor, target: Any) -> Tensor:
-        gradient = synthesizer.guess(h, target)
+        try:
+            gradient = synthesizer.guess(h, target)
+        except IndexError as error:
+            labels = f", and there is a label {int(target.max())}" if target is not None else ""
+            raise InputError(f"rule synthetic, classes={self._classes}{labels}: {error}") from error
         if gradient.shape != h.shape:
             raise InputError(
                 f"the synthesizer {type(synthesizer.network).__name__} gave {describe(gradient)} "

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from headrace.pipeline import Pipeline, Progress
+from headrace.pipeline.rules import Synthetic
 
 from ..pipeline.helpers import momentum
 
@@ -29,6 +30,7 @@ __all__ = [
     "do",
     "journal",
     "misfortune",
+    "misfortune_unlocked",
     "rank",
     "ranks",
     "while_connecting",
@@ -180,6 +182,14 @@ def misfortune(plan: Plan, epochs: int = 200) -> None:
     for _ in range(epochs):
         pipe.train(batches(20))
     pipe.close()
+
+
+def misfortune_unlocked(plan: Plan) -> None:
+    """The same where every stage is connected with the first."""
+    with build(plan, rule=Synthetic(inputs="synthetic", lag="free")) as pipe:
+        for _ in range(100):
+            pipe.train(loader(plan, 20))
+            pipe.evaluate(batches(3))
 
 
 def at_rest(plan: Plan) -> None:

@@ -10,6 +10,7 @@ from headrace.pipeline.schedule import (
     Action,
     Backward,
     Forward,
+    Learn,
     Update,
     depths,
     draw,
@@ -109,7 +110,7 @@ def test_a_slack_that_cannot_be_is_refused(slack: int) -> None:
 
 
 def listing(actions: list[Action]) -> str:
-    letters = {Forward: "F", Backward: "B"}
+    letters = {Forward: "F", Backward: "B", Learn: "L"}
     words = [letters[type(a)] + str(a.index) if not isinstance(a, Update) else "U" for a in actions]
     return " ".join(words)
 
@@ -152,6 +153,24 @@ def test_a_flush_updates_once_at_the_end_of_every_so_many_mini_batches() -> None
     assert stretch("1f1b", 1, 2, 2, start=0, number=0) == "F0 F1 B0 B1"
     assert stretch("1f1b", 1, 2, 2, start=2, number=1) == "F2 F3 B2 B3 U"
     assert stretch("gpipe", 1, 1, 0) == ""  # an empty stretch is no mini-batch
+
+
+@pytest.mark.parametrize("name", ["stream", "gpipe", "1f1b"])
+def test_a_stage_that_waits_for_no_gradient(name: str) -> None:
+    """Depth and flushing schedules mean nothing to it, but for the updates."""
+    update = "" if name != "stream" else " U"
+    wanted = f"F0 B0{update} L-3 F1 B1{update} L-2 F2 B2{update} L-1 F3 B3{update} L0 L3"
+    actions = SCHEDULES[name].actions(5, 1, 0, 0, ahead=3)
+    assert listing(list(play(actions, 4))) == wanted + (" U" if name != "stream" else "")
+    # With lag 0 it learns at once; after a drain it begins anew.
+    actions = SCHEDULES["stream"].actions(0, 2, 4, 1, ahead=0)
+    assert listing(list(play(actions, 3))) == "F4 B4 L4 F5 B5 U L5 F6 B6 L6 L6"
+
+
+def test_depths_end_where_no_gradient_is_waited_for() -> None:
+    assert depths(5, 0, [True, True, False, True, True]) == (2, 1, 0, 1, 0)
+    assert depths(4, 1, [False, True, True, False]) == (0, 4, 2, 0)
+    assert depths(3, 0, [False, False, False]) == (0, 0, 0)
 
 
 def test_memory_is_bounded_as_the_names_say() -> None:
