@@ -48,7 +48,7 @@ class PipelineOptions:
     schedule: Annotated[Schedule, "gpipe, 1f1b: both exact; stream: never flushes"] = "stream"
     rule: Annotated[
         Component | list[Component] | None,
-        "exact, delayed, synthetic, local, or a list of one a stage; null: delayed, or exact",
+        "delayed, synthetic, local, exact; or a list; null: delayed, or exact",
     ] = None
     balance: Annotated[Balance, "how layers are cut: by a cost, layer counts, or first names"] = (
         "time"

@@ -142,7 +142,7 @@ def _draw(learned: Mapping[str, Tensor], alike: Mapping[str, Sequence[float]], p
         tiles = tiles / tiles.abs().amax((1, 2), keepdim=True)
         padded = torch.nn.functional.pad(tiles, (1, 1, 1, 1), value=float("nan"))
         grid = padded.view(6, 6, 10, 10).permute(0, 2, 1, 3).reshape(60, 60)
-        ax.imshow(grid, cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
+        ax.imshow(grid.numpy(), cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
         same = agreement(learned[name], learned["back-propagation"])
         ax.set_title(name if same > 0.999 else f"{name}: cosine {same:.2f}", fontsize=11)
         ax.axis("off")

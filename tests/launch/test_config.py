@@ -6,10 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from headrace.launch.components import Component, build, call
 from headrace.launch.config import Config, parse, to_yaml
 from headrace.launch.strict_yaml import dump, load
+from headrace.pipeline.rules import Synthetic
+from headrace.pipeline.synthesizers import MLP
 
 BASE = """\
 stages: 2
@@ -319,6 +322,93 @@ def test_a_rule_of_ones_own_and_of_ours(folder: Path) -> None:
     assert config.pipeline.rule is not None
     assert call("pipeline.rule", build("pipeline.rule", config.pipeline.rule)).a == 2
     assert base("--pipeline.rule", "exact").pipeline.rule == Component("exact", {})
+
+
+SYNTHETIC = """
+pipeline:
+  rule:
+    class_path: synthetic
+    init_args:
+      conditional: true
+      classes: 10
+      synthesizer: {class_path: mlp, init_args: {width: 10}}
+      optimizer: {class_path: Adam, init_args: {lr: 1e-2}}
+"""
+
+
+def test_a_rules_own_parts_are_made_when_it_calls_them(folder: Path) -> None:
+    (folder / "base.yaml").write_text(BASE.partition("pipeline:")[0] + SYNTHETIC)
+    config = base("--pipeline.rule.init_args.lag", "free")
+    rule = config.pipeline.rule
+    assert isinstance(rule, Component)
+    made = call("pipeline.rule", build("pipeline.rule", rule))
+    assert isinstance(made, Synthetic) and made.eager
+    synthesizer = made._make(torch.Size([5]), torch.Size([5]), None)
+    assert isinstance(synthesizer, MLP) and synthesizer.first.linear.out_features == 10
+    optimizer = made._optimizer([("w", torch.nn.Parameter(torch.zeros(1)))])
+    assert isinstance(optimizer, torch.optim.Adam) and optimizer.defaults["lr"] == 0.01
+    (folder / "config.yaml").write_text(to_yaml(config))
+    assert parse(["--config", "config.yaml"]) == config
+
+
+def test_a_synthesizer_by_its_name_alone_or_of_ones_own(folder: Path) -> None:
+    (folder / "my_m.py").write_text(
+        "import torch\n"
+        "class Mine(torch.nn.Module):\n"
+        "    def __init__(self, given, wanted, condition, scale=1.0):\n"
+        "        super().__init__()\n"
+        "        self.scale = scale\n"
+    )
+    (folder / "base.yaml").write_text(BASE.partition("pipeline:")[0] + SYNTHETIC)
+    key = "--pipeline.rule.init_args.synthesizer"
+    for text, name, scale in (
+        ("convolution", "Convolution", None),
+        ("sequence", "Sequence", None),
+        ("Linear", "Linear", None),
+        ("{class_path: my_m.Mine, init_args: {scale: 3}}", "Mine", 3),
+    ):
+        rule = base(key, text).pipeline.rule
+        assert isinstance(rule, Component)
+        make = call("pipeline.rule", build("pipeline.rule", rule))._make
+        assert make.func.__name__ == name
+        if scale:
+            assert make(None, None, None).scale == scale
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("synthesizer", "mpl", "pipeline.rule.synthesizer: no 'mpl' in headrace.pipeline.synth"),
+        (
+            "synthesizer",
+            "{class_path: mlp, init_args: {wide: 3}}",
+            "pipeline.rule.synthesizer.init_args: mlp has no argument 'wide' (did you mean width",
+        ),
+        ("optimizer", "Addam", "pipeline.rule.optimizer: no 'Addam' in torch.optim"),
+        (
+            "lags",
+            "2",
+            "pipeline.rule.init_args: synthetic has no argument 'lags' (did you mean lag",
+        ),
+    ],
+)
+def test_what_is_wrong_in_a_rules_parts(folder: Path, key: str, value: str, says: str) -> None:
+    (folder / "base.yaml").write_text(BASE.partition("pipeline:")[0] + SYNTHETIC)
+    said = refusal("--config", "base.yaml", f"--pipeline.rule.init_args.{key}", value)
+    assert said.startswith(says)
+
+
+def test_a_rule_for_each_stage() -> None:
+    text = "[synthetic, {class_path: local, init_args: {outputs: 10}}, delayed]"
+    config = base("--pipeline.rule", text)
+    assert config.pipeline.rule == [
+        Component("synthetic", {}),
+        Component("local", {"outputs": 10}),
+        Component("delayed", {}),
+    ]
+    assert "rule:\n  - class_path: synthetic\n" in to_yaml(config).replace("    - ", "  - ")
+    says = refusal("--config", "base.yaml", "--pipeline.rule", "[synthetic, local]")
+    assert says == "pipeline.rule[1].init_args: local needs outputs"
 
 
 def test_a_scheduler_that_takes_the_number_of_updates_is_given_it() -> None:

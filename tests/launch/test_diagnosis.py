@@ -322,3 +322,24 @@ def test_what_the_cut_and_the_links_explain_is_not_said_again() -> None:
     for e in (uneven, slow):
         assert len(rest(replace(e, samples_per_second=550.0))) == 1
         assert rest(replace(e, samples_per_second=450.0))[1].startswith("the stream reaches 75% ")
+
+
+# Synthesizers ---------------------------------------------------------------------------------
+
+
+def test_a_synthesizer_that_takes_much_of_the_time() -> None:
+    found = diagnose(stages(4, 4, 4, slack=[], learning=[0.05, 0.31, 0.0]))
+    assert found.lines[1] == (
+        "the synthesizer of stage 1 spends 31% of that stage's time on learning, which no cut "
+        "knows of: take a smaller one (linear, or a lower width), or larger micro-batches"
+    )
+    assert rest(stages(4, 4, 4, slack=[], learning=[0.05, 0.09, 0.0])) == (FINE,)
+
+
+def test_slow_links_need_no_slack_where_no_gradient_is_waited_for() -> None:
+    waits = linked(3, 4, 4)
+    assert "pipeline.slack" in diagnose(waits).fixes
+    assert rest(replace(waits, slack=[])) == (FINE,)
+    # What is missing is measured against the slowest stage alone.
+    slow = replace(waits, slack=[], ceiling=500.0, samples_per_second=300.0)
+    assert "the stream reaches 60% of what this cut and these links allow" in rest(slow)[0]

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from headrace.launch.config import parse
-from headrace.launch.profiling.systems import DEFAULT_ROWS, SYSTEMS
+from headrace.launch.profiling.systems import DEFAULT_ROWS, SYSTEMS, default_rows, observed
 from headrace.launch.throughput import main, parse_command
 
 pytestmark = pytest.mark.timeout(180)
@@ -403,4 +403,31 @@ def test_a_refusal_is_one_line(tmp_path: Path) -> None:
 
 def test_rows_have_names() -> None:
     assert set(DEFAULT_ROWS) < set(SYSTEMS)
-    assert [row for row in SYSTEMS if row not in DEFAULT_ROWS] == ["stream:stash+recorded"]
+    assert [row for row in SYSTEMS if row not in DEFAULT_ROWS] == [
+        "stream:configured", "stream:synthetic", "stream:synthetic+free",
+        "stream:synthetic+unlock", "stream:local", "stream:stash+recorded",
+    ]  # fmt: skip
+    plain = parse(["--config", "digits"])
+    assert default_rows(plain) == DEFAULT_ROWS
+    own = parse(["--config", "digits", "--pipeline.rule", "synthetic"])
+    assert default_rows(own) == ["stream:configured", *DEFAULT_ROWS]
+    assert observed(["ceiling", "stream:stash+recorded", "stream:local"]) == "stream:stash"
+    assert observed(["one-device"]) == "stream:stash"
+
+
+def test_rules_that_wait_for_no_gradient(tmp_path: Path) -> None:
+    """Their rows, and a profile of a configuration that has such a rule."""
+    rule = ["--pipeline.rule", "synthetic", "--pipeline.rule.init_args.synthesizer", "linear"]
+    rows = ["stream:configured", "stream:synthetic+free", "stream:synthetic+unlock", "stream:local"]
+    more = ["--rounds", "1", "--steps", "20", "--out", "out", "--timeline", "text", "--predict"]
+    done = run(tmp_path, CONFIG, *rule, *more, "--rows", "one-device", "ceiling", *rows)
+    for name in rows:
+        (row,) = done.rows(name)
+        assert row["samples_per_second"] > 0
+        assert row["staleness"] == [0, 0] and row["saved_graphs"] == [1, 1]
+        assert row["weight_copies"] == [0, 0]
+    assert re.search(r"^ms a mini-batch .* learning +sending", done.out, re.M)
+    stage, _ = re.findall(r"^stage [01] +\|([FBul.d ]+)\|", done.out, re.M)[:2]
+    assert "l" in stage
+    assert done.table["slack"] == []
+    assert "pipeline.slack" not in done.table["fixes"]

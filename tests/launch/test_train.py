@@ -119,6 +119,32 @@ def test_tensorboard_events_are_written(folder: Path) -> None:
     )
 
 
+def test_how_well_synthesizers_learn_is_in_every_file(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "tiny.yaml").write_text(
+        TINY.replace("stages: 2", "stages: 3").replace("4, 4", "3, 3, 2")
+    )
+    rules = "[{class_path: local, init_args: {outputs: 3}}, synthetic, delayed]"
+    train("--pipeline.rule", rules, "--log_every", "2")
+    progress = [line for line in events("tiny") if line["event"] == "progress"][-1]
+    for name, there in (("cosine", 1), ("synthesizer_loss", 1), ("lag", 1), ("local_loss", 0)):
+        assert [value is not None for value in progress[name]] == [j == there for j in range(3)]
+    stages = json.loads(Path("runs/tiny/summary.json").read_text())["stages"]
+    assert "cosine" in stages[1] and stages[1]["lag_mean"] > 2
+    assert "local_loss" in stages[0] and "cosine" not in stages[0]
+    out = capsys.readouterr().out
+    assert "stream, local (outputs: 3) | synthetic | delayed, seed 0" in out
+    assert re.search(r"^cosine +- +-?[\d.]+ +-\s*$", out, re.M)
+    assert re.search(r"^local loss +[\d.]+ +- +-\s*$", out, re.M)
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    board = accumulator.EventAccumulator("runs/tiny")
+    board.Reload()
+    tags = set(board.Tags()["scalars"])
+    assert {"progress/cosine/stage 1", "progress/synthesizer_loss/stage 1"} <= tags
+    assert "progress/cosine/stage 0" not in tags
+
+
 def test_no_run_is_written_over(folder: Path) -> None:
     train()
     before = {p.name: p.read_bytes() for p in Path("runs/tiny").iterdir()}

@@ -77,3 +77,32 @@ def test_gradients_are_those_of_the_product() -> None:
     assert torch.autograd.gradcheck(layer, (x,))
     layer(x).square().sum().backward()
     torch.testing.assert_close(layer.weight.grad, (2 * x * x).sum(0).detach())
+
+
+def test_a_pace_is_kept_forward_and_backward_over_and_over() -> None:
+    layer = EmulatedLayer(forward_ms=10, backward_ms=20, width=8, pace=[1, 0, 3])
+    x = torch.randn(2, 8)
+    outputs, forward, backward = [], [], []
+    for _ in range(4):
+        start = time.perf_counter()
+        outputs.append(layer(x).sum())
+        forward.append(time.perf_counter() - start)
+    for output in outputs:
+        start = time.perf_counter()
+        output.backward()
+        backward.append(time.perf_counter() - start)
+    for seconds, unit in ((forward, 0.01), (backward, 0.02)):
+        assert [round(s / unit) for s in seconds] == [1, 0, 3, 1]
+    layer.eval()
+    start = time.perf_counter()
+    layer(x)
+    assert time.perf_counter() - start > 0.008, "evaluation is at the layer's own pace"
+
+
+def test_one_of_several_is_slowed() -> None:
+    model = emulated(layers=3, slowed=1, pace=[1, 5])
+    assert [layer.pace for layer in model] == [(), (1, 5), ()]
+    with pytest.raises(ValueError, match="slowed=3: give a layer from 0 to 2"):
+        emulated(layers=3, slowed=3)
+    with pytest.raises(ValueError, match=r"pace=\[-1\]: give factors, 0 or more"):
+        emulated(layers=1, slowed=0, pace=[-1])
