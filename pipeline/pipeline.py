@@ -49,6 +49,9 @@ __all__ = ["Pipeline", "Recording"]
 TUNE_AT = 16
 """The micro-batch before which `slack='auto'` measures."""
 
+MINI_BATCH = 1 << 40
+"""More micro-batches than a mini-batch has: all of them."""
+
 _jobs = itertools.count()
 
 
@@ -488,11 +491,13 @@ class Pipeline:
 
     def _ahead(self, index: int) -> int | None:
         """Micro-batches sent on at most of which nothing has come back yet, where a stage does not
-        wait: its rule's, and those that the next stage has in flight before it sends a gradient.
+        wait: its rule's, and those that the next stage has in flight before it sends anything back.
         """
         rule, last = self._rules[index], index == self.stages - 1
         if rule.ahead is None or self.stages == 1 or (last and not rule.synthesizes_inputs):
             return None
+        if self._schedule.unbounded:
+            return MINI_BATCH
         return rule.ahead + (0 if last else self._depths[index + 1])
 
     # Running -----------------------------------------------------------------------------------

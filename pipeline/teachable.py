@@ -100,7 +100,7 @@ class Teachable:
 class SyntheticGradient(Teachable):
     """M: guesses a loss's gradient with respect to a tensor h, from h alone or with the target.
 
-    Decoupled neural interfaces (Jaderberg et al. 2017, equation 5; Czarnecki et al. 2017). The loss
+    Decoupled neural interfaces (Jaderberg et al. 2017; Czarnecki et al. 2017). The loss
     is a mean over the N samples of h, so its gradient is small where N is large: M learns and gives
     gradients of one sample, N ∂L/∂h, which are divided by N when they are used.
     """

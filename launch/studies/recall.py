@@ -3,7 +3,7 @@
 A GRU reads random symbols and must say the one it saw `delay` steps ago. Truncated
 back-propagation through time, a window of T steps at a time, cannot teach it to keep a symbol over
 the border of two windows. A synthesizer M can: it guesses, from the state at the border, the
-gradient that the windows to come would send back (Jaderberg et al. 2017, section 2.3).
+gradient that the windows to come would send back (Jaderberg et al. 2017).
 
 It is the synthesizer of the pipeline's stages (`headrace.pipeline.teachable`), in a plain loop:
 

@@ -32,7 +32,7 @@ HIDDEN = 3
 def cka(x: Tensor, y: Tensor) -> float:
     """Linear centred kernel alignment of two layers' outputs (N, p) and (N, q), in [0, 1].
 
-    ‖YᵀX‖² / (‖XᵀX‖ ‖YᵀY‖), columns centred, Frobenius norms (Kornblith et al. 2019, equation 5):
+    ‖YᵀX‖² / (‖XᵀX‖ ‖YᵀY‖), columns centred, Frobenius norms (Kornblith et al. 2019):
     1 for the same up to rotation and scale.
     """
     x, y = (x - x.mean(0)).double(), (y - y.mean(0)).double()

@@ -1,7 +1,7 @@
 """Local losses: each stage learns from an auxiliary head of its own, and nothing flows back.
 
-Greedy layer-wise learning, all stages at once ("decoupled greedy learning", Belilovsky et al.
-2020, algorithm 2). The last stage has the network's own output and loss.
+Greedy layer-wise learning, all stages at once: decoupled greedy learning (Belilovsky et al. 2020).
+The last stage has the network's own output and loss.
 """
 
 import math

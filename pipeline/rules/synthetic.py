@@ -46,9 +46,9 @@ class Synthetic(Rule):
             gradients adds its delay. 'free': whenever one has come, which hides what is late.
         ahead: with lag='free', micro-batches that may be on their way before it waits for one.
         p_update: the share of micro-batches, drawn by each stage, that go back through it and move
-            it; of the others the stage before gets no gradient to learn from (section 3.3 there).
+            it; of the others the stage before gets no gradient to learn from.
         inputs: 'synthetic' also guesses each stage's input from the network's, which reaches all
-            stages directly: no stage waits for the one before (full unlock, section 2.2 there).
+            stages directly: no stage waits for the one before (full unlock).
             `evaluate` and `predict` run on real ones.
         input_synthesizer: makes what guesses it; None chooses by shape.
 

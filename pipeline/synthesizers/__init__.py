@@ -38,7 +38,7 @@ Factory = Callable[[torch.Size, torch.Size, Condition | None], Synthesizer]
 def choose(given: torch.Size, wanted: torch.Size, condition: Condition | None) -> Synthesizer:
     """The kind that fits: by shape, and for vectors linear where it is told the target.
 
-    That a linear one is enough once the target is known: Jaderberg et al. 2017, section 3.1.
+    A linear one was enough once the target is known (cDNI, Jaderberg et al. 2017).
     """
     if len(wanted) >= 3 and len(given) == len(wanted):
         return Convolution(given, wanted, condition)
