@@ -1,8 +1,8 @@
 """A stage that is slow at times, under delayed and under synthetic gradients: on emulated devices.
 
-torchrun --nproc-per-node N -m headrace.launch.studies.jitter [--rounds 3]
+torchrun --nproc-per-node N -m headrace.launch.studies.jitter [--rounds 3] [--ms 60]
 
-Every stage takes 60 ms a micro-batch; one in the middle takes three times as long in random spells.
+Every stage takes as long for a micro-batch; one in the middle thrice as long in random spells.
 No pipeline can be faster than that stage's own mean rate: how near does each rule come? Then a
 stage near the front stops once, for as long as six micro-batches take: for how long do those behind
 it stop?
@@ -31,9 +31,6 @@ from headrace.pipeline.timeline import Work
 from ..ranks import processes, rank, refuse
 
 __all__ = ["main", "spells"]
-
-FORWARD, BACKWARD = 20.0, 40.0
-"""Milliseconds a micro-batch."""
 
 COUNT, SPELL, SLOWDOWN, SHARE = 96, 8, 3.0, 0.3
 """Micro-batches of a measurement and of a spell; how slow; the share of spells that are."""
@@ -108,6 +105,11 @@ def _rate(model: nn.Sequential, row: Row) -> float:
         return COUNT / seconds.item()
 
 
+def _times(milliseconds: float) -> tuple[float, float]:
+    """Of a micro-batch, forward and backward."""
+    return milliseconds / 3, milliseconds * 2 / 3
+
+
 def _own_rate(model: nn.Sequential) -> float:
     """Micro-batches a second of the slowest stage alone, by its given times."""
 
@@ -118,19 +120,18 @@ def _own_rate(model: nn.Sequential) -> float:
     return 1 / max(mean(layer) for layer in model if isinstance(layer, EmulatedLayer))
 
 
-def _pause(stages: int, row: Row) -> float:
+def _pause(stages: int, row: Row, milliseconds: float) -> float:
     """The longest time between two forwards of the last stage while stage 1 stops, in periods."""
     warm = 4 * stages
     pace = [*[1.0] * (warm + 4), float(STALL + 1), *[1.0] * 200]
-    model = emulated(stages, FORWARD, BACKWARD, slowed=1, pace=pace)
+    model = emulated(stages, *_times(milliseconds), slowed=1, pace=pace)
     with _pipeline(model, row) as pipe:
         pipe.train(_batches(warm))
         with pipe.record() as recording:
             pipe.train(_batches(4 * STALL))
         spans = recording.timeline.stages[-1]
     starts = [span.start for span in spans if span.work is Work.FORWARD]
-    period = (FORWARD + BACKWARD) / 1000
-    return max(b - a for a, b in pairwise(starts)) / period
+    return max(b - a for a, b in pairwise(starts)) / (milliseconds / 1000)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -140,20 +141,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=(__doc__ or "").splitlines()[0],
     )
     parser.add_argument("--rounds", type=int, default=3, help="times each is measured (3)")
+    parser.add_argument("--ms", type=float, default=60.0, help="of a micro-batch on a stage (60)")
     options = parser.parse_args(sys.argv[1:] if arguments is None else arguments)
     stages = processes() or 1
     if stages < 3:
         refuse("the stage in the middle needs one on either side: start 3 or more with torchrun")
     if options.rounds < 1:
         refuse(f"--rounds {options.rounds}: give a whole number >= 1")
+    if not options.ms > 0:
+        refuse(f"--ms {options.ms}: give milliseconds above 0")
     torch.set_num_threads(1)
-    calm = partial(emulated, stages, FORWARD, BACKWARD)
+    times = _times(options.ms)
+    calm = partial(emulated, stages, *times)
     one = partial(calm, slowed=stages // 2, pace=spells(1))
 
     def every() -> nn.Sequential:
-        return nn.Sequential(
-            *(EmulatedLayer(FORWARD, BACKWARD, 8, pace=spells(j)) for j in range(stages))
-        )
+        return nn.Sequential(*(EmulatedLayer(*times, 8, pace=spells(j)) for j in range(stages)))
 
     def say(text: str) -> None:
         if rank() == 0:
@@ -161,8 +164,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     own = spells(1)
     say(
-        f"EMULATED devices: {stages} stages of {FORWARD + BACKWARD:.0f} ms a micro-batch; medians "
-        f"of {options.rounds}\nof the slowest stage's own mean rate:\n"
+        f"EMULATED devices: {stages} stages of {options.ms:g} ms a micro-batch; medians of "
+        f"{options.rounds}\nof the slowest stage's own mean rate:\n"
         f"{'':<24}{'all calm':>10}{'one slow at times':>20}{'all slow at times':>20}{'pause':>8}"
     )
     for row in ROWS:
@@ -170,7 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for make in (calm, one, every):
             rates = [_rate(make(), row) / _own_rate(make()) for _ in range(options.rounds)]
             cells.append(statistics.median(rates))
-        pauses = [_pause(stages, row) for _ in range(options.rounds)]
+        pauses = [_pause(stages, row, options.ms) for _ in range(options.rounds)]
         say(
             f"{row.name:<24}{cells[0]:>10.3f}{cells[1]:>20.3f}{cells[2]:>20.3f}"
             f"{statistics.median(pauses):>8.1f}"

@@ -385,3 +385,13 @@ def test_a_synthesizer_that_diverges_is_named() -> None:
     rule = Synthetic(Linear, optimizer=partial(torch.optim.SGD, lr=1e6))
     with pytest.raises(FloatingPointError, match=r"the learning rate of its synthesizer|lower"):
         pipeline(rule).train(batches_of(4000, 4))
+
+
+@pytest.mark.parametrize("rule", [Synthetic(), Synthetic(inputs="synthetic"), Local(3)])
+def test_compiled_stages_give_the_same_numbers(rule: Rule) -> None:
+    def run(**options: Any) -> dict[str, Tensor]:
+        with pipeline(rule, **options) as pipe:
+            pipe.train(batches_of(80, 4))
+            return pipe.state_dict()
+
+    assert_same(run(compile={"backend": "eager"}), run())
