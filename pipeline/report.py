@@ -75,7 +75,8 @@ class Progress:
         samples: those reported in this call of `train` so far.
         loss: the mean since the last log.
         samples_per_second: since the last log.
-        staleness, busy: of each stage; busy is its share of the time since the last log.
+        staleness, busy: of each stage; busy is its share of the time since the last log, NaN where
+            nothing had been heard of the stage then.
         update: the first stage's weight version.
         learning_rate: the first stage's.
         synthesizer_loss, cosine, local_loss: of each stage (`Figures`), None where it has none.
@@ -238,7 +239,10 @@ class Books:
         seconds, self._last = now - self._last, now
         rows = self.rows
         shares = tuple(
+            # What a stage far below does is known later than the first losses.
             (new.busy_seconds - old.busy_seconds) / max(new.clock - old.clock, 1e-9)
+            if old.clock
+            else math.nan
             for old, new in zip(self._rows, rows, strict=True)
         )
         self._rows = rows
