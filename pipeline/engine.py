@@ -16,7 +16,7 @@ import math
 import statistics
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from itertools import accumulate, chain
@@ -358,15 +358,17 @@ class Engine:
         while reply := (yield from self._due(waiting, links.from_downstream, index)):
             flight = waiting[0]
             gradients = self._hear(reply, flight.index)
-            finite = self.recorder.run(Work.LEARN, reply.index, stage.learn, gradients)
-            self._check_arrived(finite, "the gradient that came back", flight)
+            self.doing = f"learning from what came back for micro-batch {flight.index}"
+            if not self.recorder.run(Work.LEARN, reply.index, stage.learn, gradients):
+                self._stop_on_arrived("gradient", flight, gradients)
         waiting = stage.awaiting_input
         while real := (yield from self._due(waiting, links.from_upstream, index)):
             flight = waiting[0]
             assert real.index == flight.index
             x, _ = cast(tuple[Nest, Nest], real.body)
-            finite = self.recorder.run(Work.LEARN, real.index, stage.learn_input, x)
-            self._check_arrived(finite, "the input from the stage before", flight)
+            self.doing = f"learning from the real input of micro-batch {flight.index}"
+            if not self.recorder.run(Work.LEARN, real.index, stage.learn_input, x):
+                self._stop_on_arrived("input", flight, leaves(x))
         if stage.is_first and self._losses:
             self._tell(-1, [])
 
@@ -387,16 +389,19 @@ class Engine:
         self.progress += message is not None
         return message
 
-    def _check_arrived(self, finite: bool, what: str, flight: Flight) -> None:
-        """Stop on what is not finite; the guess that stood for it was looked at before."""
+    def _stop_on_arrived(self, kind: str, flight: Flight, arrived: Sequence[Tensor | None]) -> None:
+        """Stop on what a synthesizer could not learn from, and say whose fault it was."""
         stage = self.stage
-        if finite or not stage.settings.stops_on_nonfinite:
+        if not stage.settings.stops_on_nonfinite:
             return
+        what = f"the {kind} that a synthesizer makes of it is not finite: lower its learning rate"
+        if not all_finite([t for t in arrived if t is not None and t.is_floating_point()]):
+            what = f"the {kind} that came from the neighbour is not finite"
         if not all_finite([t for t in leaves(flight.output) if t.is_floating_point()]):
-            what = "the output of this stage"
+            what = "the output of this stage is not finite"
         raise FloatingPointError(
-            f"stage {stage.index} of {stage.count}, micro-batch {flight.index}: {what} is not "
-            "finite. Try a lower learning rate, clip_grad_norm=1.0, or on_nonfinite='skip'"
+            f"stage {stage.index} of {stage.count}, micro-batch {flight.index}: {what}. Try a "
+            "lower learning rate, clip_grad_norm=1.0, or on_nonfinite='skip'"
         )
 
     def _update(self) -> Steps:

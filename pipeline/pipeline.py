@@ -159,7 +159,8 @@ class Pipeline:
             check_counts(micro_batches, update_every, clip_grad_norm)
             self._model, self._micro_batches = model, micro_batches
             self._schedule = SCHEDULES[schedule]
-            rule = rule or (Exact() if self._schedule.flushes else Delayed("stash"))
+            if rule is None:
+                rule = Exact() if self._schedule.flushes else Delayed("stash")
             self._rules = [rule] * self.stages if isinstance(rule, Rule) else [*rule]
             check_rules(self._rules, self._schedule, self.stages, slack)
             self._tunes = slack == "auto"

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .errors import InputError, first_line
+from .nest import describe
 from .random_state import RandomState
 from .settings import OptimizerFactory, make_optimizers
 
@@ -26,9 +28,18 @@ def adam(parameters: Any) -> Optimizer:
 def make_seeded(make: Callable[[], nn.Module], seed: int, like: Tensor) -> nn.Module:
     """Make a network from a seed, on a tensor's device, in its precision or float32 if that is
     lower; the random state in force stays as it is.
+
+    Raises:
+        InputError: it raises, or gives no module.
     """
-    with RandomState.derive(seed, 0, torch.device("cpu")).in_force():
-        made = make()
+    try:
+        with RandomState.derive(seed, 0, torch.device("cpu")).in_force():
+            made = make()
+    except Exception as error:
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise InputError(f"{kind}{first_line(error)}") from error
+    if not isinstance(made, nn.Module):
+        raise InputError(f"what makes it gave a {type(made).__name__}: give an nn.Module")
     return made.to(like.device, torch.promote_types(like.dtype, torch.float32))
 
 
@@ -52,13 +63,20 @@ class Teachable:
     Args:
         network: called with a tensor (N, …) and the target, or None.
         optimizer: a function of its (name, Parameter) pairs.
+        seed: of what the network draws (dropout).
+
+    Raises:
+        InputError, TypeError, ValueError: the optimizer cannot be made.
     """
 
-    def __init__(self, network: nn.Module, optimizer: OptimizerFactory) -> None:
+    def __init__(self, network: nn.Module, optimizer: OptimizerFactory, seed: int = 0) -> None:
         self.network = network
         self._parameters = list(network.parameters())
         self._dtype = self._parameters[0].dtype if self._parameters else torch.float32
         self._optimizers = make_optimizers(optimizer, list(network.named_parameters()))
+        device = self._parameters[0].device if self._parameters else torch.device("cpu")
+        self._random = RandomState.derive(seed, 1, device)
+        self._copies_input: bool | None = None
         self.loss, self.cosine = Mean(), Mean()
 
     def guess(self, x: Tensor, target: Any = None) -> Tensor:
@@ -75,6 +93,11 @@ class Teachable:
             Whether the loss is finite; without a step if it is not.
         """
         prediction = self._call(x.detach(), target)
+        if prediction.shape != wanted.shape:
+            raise InputError(
+                f"{self.name} gave {describe(prediction)} where {describe(wanted)} is wanted: it "
+                "must give a tensor of that shape"
+            )
         given, wanted = prediction.detach().flatten(), wanted.detach().to(self._dtype).flatten()
         error = given - wanted
         rows = torch.stack([error, given, wanted])
@@ -83,6 +106,8 @@ class Teachable:
             return False
         self.loss.add(loss / len(x))
         self.cosine.add(inner / max(math.sqrt(given2 * wanted2), 1e-30))
+        if not prediction.requires_grad:  # it has nothing to learn with
+            return True
         # The loss's gradient with respect to the prediction, 2/N (M(x) - wanted), by hand.
         torch.autograd.backward(prediction, error.mul_(2 / len(x)).view_as(prediction))
         for optimizer in self._optimizers:
@@ -91,9 +116,31 @@ class Teachable:
             parameter.grad = None
         return True
 
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return f"the synthesizer {type(self.network).__name__}"
+
     def _call(self, x: Tensor, target: Any) -> Tensor:
         x = x.to(self._dtype) if x.is_floating_point() else x
-        result: Tensor = self.network(x, target)
+        # What works in place must not change the stage's output: the first call tells.
+        handed = x if self._copies_input is False else x.clone()
+        before = handed._version
+        with self._random.in_force():
+            try:
+                result = self.network(handed, target)
+            except TypeError as error:
+                if "positional argument" not in str(error):
+                    raise
+                raise InputError(
+                    f"{self.name} cannot be called with (tensor, target): {first_line(error)}; "
+                    "its forward takes both, the target None unless conditional"
+                ) from error
+        if not isinstance(result, Tensor) or not result.is_floating_point():
+            got = describe(result) if isinstance(result, Tensor) else type(result).__name__
+            raise InputError(f"{self.name} gave {got}: it must give a tensor of numbers")
+        if self._copies_input is None:
+            self._copies_input = handed._version != before
         return result
 
 
@@ -106,8 +153,18 @@ class SyntheticGradient(Teachable):
     """
 
     def guess(self, x: Tensor, target: Any = None) -> Tensor:
-        """∂L/∂h of h (N, …) as it is guessed: of the same shape."""
-        return super().guess(x, target).to(x.dtype).div_(len(x))
+        """∂L/∂h of h (N, …) as it is guessed: of the same shape.
+
+        Raises:
+            InputError: the network gives something else.
+        """
+        gradient = super().guess(x, target)
+        if gradient.shape != x.shape:
+            raise InputError(
+                f"{self.name} gave {describe(gradient)} for an output {describe(x)}: it must give "
+                "a tensor of the same shape"
+            )
+        return gradient.to(x.dtype) / len(x)
 
     def learn(self, x: Tensor, wanted: Tensor, target: Any = None) -> bool:
         """Learn from the gradient ∂L/∂h (N, …) that has arrived for h; as above."""

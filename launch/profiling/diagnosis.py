@@ -78,6 +78,8 @@ NOTHING: Finding = ("", {})
 
 def _slowest(e: Evidence) -> int:
     work = e.partition.costs
+    if _learners(e) and not any(map(math.isnan, e.busy)):  # their costs are not the cut's
+        return max(range(len(work)), key=lambda j: e.busy[j])
     return max(range(len(work)), key=lambda j: work[j])
 
 
@@ -139,7 +141,7 @@ def _bottleneck(e: Evidence) -> str:
 
 def _balance(e: Evidence) -> Finding:
     used, best = e.partition, _advised(e)
-    if best is used:
+    if best is used or _learners(e):
         return NOTHING
     gain = _limit(used, e.links) / _limit(best, e.links) - 1
     return (
@@ -202,16 +204,19 @@ def _slack(e: Evidence) -> Finding:
     )
 
 
+def _learners(e: Evidence) -> list[int]:
+    """The stages that learn for more than a tenth of the time: the network should come first."""
+    return [j for j, share in enumerate(e.learning) if share > 1 - NEARLY_ALL]
+
+
 def _learning(e: Evidence) -> Finding:
-    """More than a tenth: the network's own work should come first."""
-    share = max(e.learning, default=0.0)
-    if share <= 1 - NEARLY_ALL:
+    stages = _learners(e)
+    if not stages:
         return NOTHING
-    stage = list(e.learning).index(share)
+    which = ", ".join(f"{j} ({e.learning[j]:.0%})" for j in stages)
     return (
-        f"the synthesizer of stage {stage} spends {share:.0%} of that stage's time on learning, "
-        "which no cut knows of: take a smaller one (linear, or a lower width), or larger "
-        "micro-batches",
+        f"synthesizers take much of the time of stage {which} for learning, which no cut knows of: "
+        "take smaller ones (linear, or a lower width), or larger micro-batches",
         {},
     )
 
@@ -245,7 +250,7 @@ def _flush(e: Evidence) -> Finding:
 
 def _rest(e: Evidence) -> Finding:
     """What neither the cut nor the links explain."""
-    if SCHEDULES[e.schedule].flushes:
+    if SCHEDULES[e.schedule].flushes or _learners(e):
         return NOTHING
     work = e.partition.costs
     # Without gradients to wait for, the slowest stage or link alone is the limit.

@@ -91,7 +91,8 @@ def observe(work: Workload, cut: Partition, row: str, micro_batches: int) -> Obs
     stream.train(work.of_steps(stream.warm_up_steps()).batches)
     pipe = stream.pipe
     pipe.reset_shares()
-    streamed = _record("stream", pipe, batches, work.config.pipeline.micro_batches)
+    name = "stream" if any(pipe.depths) else row
+    streamed = _record(name, pipe, batches, work.config.pipeline.micro_batches)
     busy = [row.busy for row in pipe.statistics()]
     slack = [a - b - 1 for a, b in pairwise(pipe.depths)] if any(pipe.depths) else []
     links = pipe.measure_links()

@@ -221,6 +221,8 @@ def _show_prediction(
     text = json.dumps(content, indent=2)
     (found.folder / "prediction.json").write_text(text + "\n", encoding="utf-8")
     out.print("\npredicted speed-up over one device, of a network that grows with the stages")
+    if found.seen.stream.name != "stream":
+        out.print("(under delayed gradients: what synthesizers or heads take is not in it)")
     out.print(curves_table(stages))
     for name, a, b in where:
         out.print(f"{name} is the fastest with links of {_bits(a)} to {_bits(b)}")

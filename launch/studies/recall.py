@@ -5,6 +5,8 @@ back-propagation through time, a window of T steps at a time, cannot teach it to
 the border of two windows. A synthesizer M can: it guesses, from the state at the border, the
 gradient that the windows to come would send back (Jaderberg et al. 2017).
 
+python -m headrace.launch.studies.recall [--delay 4] [--window 4] [--segments 4000] [--seed 0]
+
 It is the synthesizer of the pipeline's stages (`headrace.pipeline.teachable`), in a plain loop:
 
     M = SyntheticGradient(network, optimizer)
@@ -16,6 +18,8 @@ It is the synthesizer of the pipeline's stages (`headrace.pipeline.teachable`), 
         M.learn(h.detach(), h.grad)                   # what this window says of `h`
 """
 
+import argparse
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -25,7 +29,7 @@ from torch.nn import functional
 from headrace.pipeline.synthesizers import Linear, start_at_zero
 from headrace.pipeline.teachable import SyntheticGradient
 
-__all__ = ["Recall", "train_recall"]
+__all__ = ["Recall", "main", "train_recall"]
 
 SYMBOLS, HIDDEN, STREAMS = 4, 48, 64
 
@@ -88,3 +92,29 @@ def train_recall(
         right.append((logits.argmax(-1) == y).float().mean().item())
     late = right[-max(1, segments // 10) :]
     return sum(late) / len(late)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train with and without the synthesizer, and print both accuracies."""
+    parser = argparse.ArgumentParser(
+        prog="python -m headrace.launch.studies.recall",
+        description=(__doc__ or "").splitlines()[0],
+    )
+    for name, default, meaning in (
+        ("delay", 4, "steps to recall over"),
+        ("window", 4, "steps that are back-propagated through"),
+        ("segments", 4000, "windows to train on"),
+        ("seed", 0, "of the first weights and the symbols"),
+    ):
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"{meaning} ({default})")
+    options = parser.parse_args(arguments)
+    if min(options.delay, options.window, options.segments) < 1:
+        parser.error("--delay, --window and --segments: give whole numbers >= 1")
+    torch.set_num_threads(1)
+    task = options.delay, options.window, options.segments, options.seed
+    print(f"truncated back-propagation  {train_recall(*task, factor=None):.3f}", flush=True)
+    print(f"with synthetic gradients    {train_recall(*task):.3f}   (chance is .250)")
+
+
+if __name__ == "__main__":
+    main()

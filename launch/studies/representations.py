@@ -75,6 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("."), help="folder of the picture (.)")
     parser.add_argument("--iterations", type=int, default=2000, help="of each training (2000)")
     options = parser.parse_args(arguments)
+    if options.iterations < 10:
+        parser.error(f"--iterations {options.iterations}: give a whole number >= 10")
     torch.set_num_threads(1)
     ways: dict[str, tuple[int, Callable[[], Rule] | None]] = {
         "back-propagation": (0, None),

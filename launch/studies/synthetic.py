@@ -99,7 +99,7 @@ class Claim:
     """What must hold of the means.
 
     Args:
-        low: the left side, in words. high: what it is not to fall below.
+        left: of the means, what is not to fall below `right`.
     """
 
     text: str

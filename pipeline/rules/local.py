@@ -6,16 +6,18 @@ The last stage has the network's own output and loss.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
 
-from ..errors import InputError
+from ..errors import InputError, first_line
 from ..gradient import Gradient
 from ..nest import describe, leaves
+from ..random_state import RandomState
 from ..report import Figures
-from ..settings import OptimizerFactory, make_optimizers
+from ..settings import OptimizerFactory, make_optimizers, make_schedulers
 from ..teachable import Mean, make_seeded
 from .rule import Rule
 
@@ -51,7 +53,8 @@ class Local(Rule):
         outputs: of each head: the classes, the vocabulary, or the numbers of a target.
         head: makes a head from the shape of one sample of the stage's output, and `outputs`; None
             is `Head`. The pipeline's own loss is taken of what it gives.
-        optimizer: a function of the head's (name, Parameter) pairs; None is the stage's.
+        optimizer: a function of the head's (name, Parameter) pairs; None is the stage's, with its
+            scheduler. Either is clipped as the stage is.
         ahead: micro-batches that may be on their way to the last stage before a stage waits.
 
     Raises:
@@ -71,8 +74,9 @@ class Local(Rule):
         for name, value in (("outputs", outputs), ("ahead", ahead)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r}: give a whole number >= 1")
-        if head is not None and not callable(head):
-            raise TypeError(f"head={head!r} cannot be called: give a class or a function")
+        for what, factory in (("head", head), ("optimizer", optimizer)):
+            if factory is not None and not callable(factory):
+                raise TypeError(f"{what}={factory!r} cannot be called: give a class or a function")
         self._outputs, self._make, self._optimizer = outputs, head or Head, optimizer
         self.ahead: int | None = ahead
         self._head: nn.Module | None = None
@@ -90,11 +94,16 @@ class Local(Rule):
                 f"{describe(flight.output)}: cut elsewhere"
             )
         h = outputs[0].detach().requires_grad_()
-        if self._head is None:
-            self._head = self._build(stage, h)
-        with stage.autocasting():
-            prediction = self._head(h)
-        loss = stage.take_loss(prediction, flight.target)
+        try:
+            if self._head is None:
+                self._head = self._build(stage, h)
+            loss = self._take_loss(stage, self._head, h, flight.target)
+        except (InputError, TypeError, ValueError, RuntimeError, IndexError) as error:
+            raise InputError(
+                f"rule local on stage {stage.index}, with a head of {self._outputs} outputs for "
+                f"{describe(outputs[0])} and the target {describe(flight.target)}: "
+                f"{first_line(error)}; write another outputs=, or give a head= that fits"
+            ) from error
         torch.autograd.backward(loss)
         value = float(loss.detach())
         self._loss.add(value)
@@ -105,13 +114,23 @@ class Local(Rule):
 
     def _build(self, stage: "Stage", h: Tensor) -> nn.Module:
         seed = (stage.seed + 1) * 1_000_003 + 10_007 * (stage.index + 1)
-        try:
-            made = make_seeded(lambda: self._make(h.shape[1:], self._outputs), seed, h)
-        except (TypeError, ValueError) as error:
-            raise InputError(f"rule local on stage {stage.index}: head: {error}") from error
+        made = make_seeded(lambda: self._make(h.shape[1:], self._outputs), seed, h)
         factory = self._optimizer or stage.settings.optimizer
         self._optimizers = make_optimizers(factory, list(made.named_parameters()))
+        scheduler = stage.settings.scheduler if self._optimizer is None else None
+        self._schedulers = make_schedulers(scheduler, self._optimizers)
+        self._random = RandomState.derive(seed, 1, stage.device)
         return made
+
+    def _take_loss(self, stage: "Stage", head: nn.Module, h: Tensor, target: Any) -> Tensor:
+        kind = next((p.dtype for p in head.parameters()), h.dtype)
+        with self._random.in_force(), stage.autocasting():
+            prediction = head(h if stage.autocast else h.to(kind))
+            if isinstance(target, Tensor) and target.is_floating_point():
+                prediction = prediction.to(target.dtype)
+                if prediction.shape != target.shape:
+                    raise ValueError(f"the head gives {describe(prediction)}")
+        return stage.take_loss(prediction, target)
 
     def before_update(self, stage: "Stage") -> None:
         if self._head is None or not self._gradient.versions:
@@ -121,6 +140,10 @@ class Local(Rule):
         if done.finite:
             for name, parameter in self._head.named_parameters():
                 parameter.grad = mean.get(name)
+            if stage.settings.clip_grad_norm is not None:
+                clip_grad_norm_(self._head.parameters(), stage.settings.clip_grad_norm)
             for optimizer in self._optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
+        for scheduler in self._schedulers:
+            scheduler.step()

@@ -6,7 +6,9 @@ gradient's place. What the next stage later sends back, δ = (∂h_{j+1}/∂h)�
 only if that is the last stage, moves no weight: M learns from it, ‖M(h) - δ‖².
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -26,6 +28,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Synthetic", "update_draws"]
 
+AHEAD = 8
+"""Micro-batches that may be on their way with lag='free', if nothing else is said."""
+
 
 def update_draws(seed: int, stage: int) -> torch.Generator:
     """The generator of a stage's `p_update`: it moves where `torch.rand(())` is below it."""
@@ -42,9 +47,10 @@ class Synthetic(Rule):
         conditional: tell M the target (cDNI). classes: how many, where targets are labels.
         optimizer: a function of M's (name, Parameter) pairs; None is Adam at 3e-3.
         lag: M learns from micro-batch i - lag right after the update of i, waiting for its gradient
-            if need be: the same numbers in every run. A stage behind it that waits for its own
-            gradients adds its delay. 'free': whenever one has come, which hides what is late.
-        ahead: with lag='free', micro-batches that may be on their way before it waits for one.
+            if need be: the same numbers in every run. If the stage after waits for its own
+            gradients, its delay is added. 'free': whenever one has come, which hides what is late.
+        ahead: with lag='free', micro-batches that may be on their way before it waits for one; None
+            is `AHEAD`.
         p_update: the share of micro-batches, drawn by each stage, that go back through it and move
             it; of the others the stage before gets no gradient to learn from.
         inputs: 'synthetic' also guesses each stage's input from the network's, which reaches all
@@ -64,16 +70,24 @@ class Synthetic(Rule):
         classes: int | None = None,
         optimizer: OptimizerFactory | None = None,
         lag: int | Literal["free"] = 2,
-        ahead: int = 8,
+        ahead: int | None = None,
         p_update: float = 1.0,
         inputs: Literal["real", "synthetic"] = "real",
         input_synthesizer: Factory | None = None,
     ) -> None:
         if lag != "free" and (isinstance(lag, bool) or not isinstance(lag, int) or lag < 0):
             raise ValueError(f"lag={lag!r}: give a whole number >= 0, or 'free'")
-        if isinstance(ahead, bool) or not isinstance(ahead, int) or ahead < 1:
+        if ahead is not None and (
+            isinstance(ahead, bool) or not isinstance(ahead, int) or ahead < 1
+        ):
             raise ValueError(f"ahead={ahead!r}: give a whole number >= 1")
-        if not isinstance(p_update, int | float) or not 0 < p_update <= 1:
+        if ahead is not None and lag != "free":
+            raise ValueError(
+                f"ahead={ahead!r} has no meaning with lag={lag!r}: leave one of them out"
+            )
+        if not isinstance(conditional, bool):
+            raise ValueError(f"conditional={conditional!r}: write True or False")
+        if type(p_update) not in (int, float) or not 0 < p_update <= 1:
             raise ValueError(f"p_update={p_update!r}: give a share in (0, 1]")
         if inputs not in ("real", "synthetic"):
             raise ValueError(f"inputs={inputs!r}: write 'real' or 'synthetic'")
@@ -83,24 +97,25 @@ class Synthetic(Rule):
             raise ValueError(f"classes={classes!r}: give a whole number >= 1")
         if classes is not None and (classes < 1 or not conditional):
             raise ValueError(f"classes={classes!r} needs conditional=True, and at least one class")
-        for name, factory in (
-            ("synthesizer", synthesizer),
-            ("optimizer", optimizer),
-            ("input_synthesizer", input_synthesizer),
+        example = "MLP, with from headrace.pipeline.synthesizers import MLP"
+        for name, factory, instead in (
+            ("synthesizer", synthesizer, example),
+            ("optimizer", optimizer, "lambda params: torch.optim.Adam(params, lr=1e-3)"),
+            ("input_synthesizer", input_synthesizer, example),
         ):
             if factory is not None and not callable(factory):
                 raise TypeError(
                     f"{name}={factory!r} cannot be called: give a class or a function, as in "
-                    "synthesizer=MLP with from headrace.pipeline.synthesizers import MLP"
+                    f"{name}={instead}"
                 )
-        self._make, self._make_input = synthesizer or choose, input_synthesizer or choose
+        self._make, self._make_input = synthesizer or choose, input_synthesizer
         self._conditional, self._classes = conditional, classes
         self._optimizer: OptimizerFactory = optimizer or adam
         self._p_update = p_update
         self.eager = lag == "free"
-        self.ahead = ahead if lag == "free" else int(lag)
+        self.ahead = (ahead or AHEAD) if lag == "free" else int(lag)
         self.synthesizes_inputs = inputs == "synthetic"
-        self._synthesizers: list[SyntheticGradient | None] | None = None
+        self._synthesizers: dict[int, SyntheticGradient] = {}  # by the tensor's place in the output
         self._input: Teachable | None = None
 
     def check(self, schedule: "Schedule", stages: int) -> None:
@@ -115,13 +130,13 @@ class Synthetic(Rule):
 
     @property
     def figures(self) -> Figures:
-        known = [each for each in self._synthesizers or () if each is not None]
-        if not known:
+        taught = [each for each in self._synthesizers.values() if not math.isnan(each.loss.value)]
+        if not taught:
             return Figures()
         # Of an output of several tensors: the losses add up, the cosines are averaged.
         return Figures(
-            synthesizer_loss=sum(each.loss.value for each in known),
-            cosine=sum(each.cosine.value for each in known) / len(known),
+            synthesizer_loss=sum(each.loss.value for each in taught),
+            cosine=sum(each.cosine.value for each in taught) / len(taught),
         )
 
     def moves(self) -> bool:
@@ -130,59 +145,41 @@ class Synthetic(Rule):
     # Gradients ---------------------------------------------------------------------------------
 
     def guess(self, stage: "Stage", flight: "Flight") -> list[Tensor | None]:
-        outputs = leaves(flight.output)
-        if self._synthesizers is None:
-            condition = None
-            if self._conditional:
-                condition = self._look(stage, flight.target)
-            self._synthesizers = [
-                self._build(stage, k, h, condition) if h.requires_grad else None
-                for k, h in enumerate(outputs)
-            ]
         target = flight.target if self._conditional else None
-        both = zip(outputs, self._synthesizers, strict=True)
-        return [None if m is None else self._guess(m, h.detach(), target) for h, m in both]
+        return [
+            self._guess(stage, k, h.detach(), target) if h.requires_grad else None
+            for k, h in enumerate(leaves(flight.output))
+        ]
 
-    def _guess(self, synthesizer: SyntheticGradient, h: Tensor, target: Any) -> Tensor:
-        try:
-            gradient = synthesizer.guess(h, target)
-        except IndexError as error:
-            labels = f", and there is a label {int(target.max())}" if target is not None else ""
-            raise InputError(f"rule synthetic, classes={self._classes}{labels}: {error}") from error
-        if gradient.shape != h.shape:
-            raise InputError(
-                f"the synthesizer {type(synthesizer.network).__name__} gave {describe(gradient)} "
-                f"for an output {describe(h)}: it must give a tensor of the same shape"
-            )
-        return gradient
+    def _guess(self, stage: "Stage", k: int, h: Tensor, target: Any) -> Tensor:
+        with _of(stage):
+            if k not in self._synthesizers:
+                self._synthesizers[k] = self._build(stage, k, h, target)
+            try:
+                return self._synthesizers[k].guess(h, target)
+            except IndexError as error:
+                if self._classes is None or int(target.max()) < self._classes:
+                    raise
+                raise InputError(
+                    f"classes={self._classes}, but there is a label {int(target.max())}: write the "
+                    "number of all classes"
+                ) from error
 
-    def _look(self, stage: "Stage", target: Any) -> Condition:
-        try:
-            return Condition.of(target, self._classes)
-        except (TypeError, ValueError) as error:
-            raise InputError(f"rule synthetic on stage {stage.index}: {error}") from error
-
-    def _build(
-        self, stage: "Stage", k: int, h: Tensor, condition: Condition | None
-    ) -> SyntheticGradient:
+    def _build(self, stage: "Stage", k: int, h: Tensor, target: Any) -> SyntheticGradient:
         shape, seed = h.shape[1:], _seed(stage, k)
-        try:
-            network = make_seeded(lambda: self._make(shape, shape, condition), seed, h)
-        except (TypeError, ValueError) as error:
-            raise InputError(f"rule synthetic on stage {stage.index}: {error}") from error
+        told = Condition.of(target, self._classes, h.shape) if self._conditional else None
+        network = make_seeded(lambda: self._make(shape, shape, told), seed, h)
         start_at_zero(network)
-        return SyntheticGradient(network, self._optimizer)
+        return SyntheticGradient(network, self._optimizer, seed)
 
     def arrive(self, stage: "Stage", flight: "Flight", gradients: Sequence[Tensor | None]) -> bool:
         target = flight.target if self._conditional else None
-        triples = zip(self._synthesizers or (), leaves(flight.output), gradients, strict=False)
-        return all(
-            [
-                synthesizer.learn(h, gradient, target)
-                for synthesizer, h, gradient in triples
-                if synthesizer is not None and gradient is not None
-            ]
-        )
+        finite = True
+        with _of(stage):
+            for k, (h, gradient) in enumerate(zip(leaves(flight.output), gradients, strict=True)):
+                if gradient is not None and k in self._synthesizers:
+                    finite &= self._synthesizers[k].learn(h, gradient, target)
+        return finite
 
     # Inputs ------------------------------------------------------------------------------------
 
@@ -193,31 +190,50 @@ class Synthetic(Rule):
     def see_input(self, stage: "Stage", source: Nest, x: Nest) -> None:
         given, wanted = leaves(source), leaves(x)
         floating = all(t.is_floating_point() for t in wanted)
-        if len(given) != 1 or len(wanted) != 1 or not floating:
-            raise InputError(
-                f"inputs='synthetic' guesses one tensor of numbers from one tensor, not "
-                f"{describe(x)} from {describe(source)}: write inputs='real'"
-            )
-        shapes = given[0].shape[1:], wanted[0].shape[1:]
-        try:
-            network = make_seeded(
-                lambda: self._make_input(*shapes, None), _seed(stage, 1000), wanted[0]
-            )
-        except (TypeError, ValueError) as error:
-            raise InputError(
-                f"rule synthetic on stage {stage.index}, input_synthesizer: {error}"
-            ) from error
-        self._input = Teachable(network, self._optimizer)
+        with _of(stage, ", input_synthesizer"):
+            if len(given) != 1 or len(wanted) != 1 or not floating:
+                raise InputError(
+                    f"inputs='synthetic' guesses one tensor of numbers from one tensor, not "
+                    f"{describe(x)} from {describe(source)}: write inputs='real'"
+                )
+            if self._make_input is None and not given[0].is_floating_point():
+                raise InputError(
+                    f"inputs='synthetic' cannot guess from {describe(source)} by itself: give "
+                    "input_synthesizer=partial(Sequence, vocabulary=…) for tokens, or one of your "
+                    "own; or write inputs='real'"
+                )
+            make, shapes = self._make_input or choose, (given[0].shape[1:], wanted[0].shape[1:])
+            seed = _seed(stage, 1000)
+            network = make_seeded(lambda: make(*shapes, None), seed, wanted[0])
+            self._input = Teachable(network, self._optimizer, seed)
+            self._input_kind = wanted[0].dtype
+            guess = self._input.guess(given[0])
+            if guess.shape != wanted[0].shape:
+                raise InputError(
+                    f"the input synthesizer {type(network).__name__} gave {describe(guess)}, and "
+                    f"the stage takes {describe(wanted[0])}: it must give that"
+                )
 
     def guess_input(self, stage: "Stage", source: Nest) -> Nest:
         assert self._input is not None
         (given,) = leaves(source)
-        return self._input.guess(given).requires_grad_()
+        with _of(stage, ", input_synthesizer"):
+            return self._input.guess(given).to(self._input_kind).requires_grad_()
 
     def arrive_input(self, stage: "Stage", source: Nest, x: Nest) -> bool:
         assert self._input is not None
         (given,), (wanted,) = leaves(source), leaves(x)
-        return self._input.learn(given, wanted)
+        with _of(stage, ", input_synthesizer"):
+            return self._input.learn(given, wanted)
+
+
+@contextmanager
+def _of(stage: "Stage", which: str = "") -> Iterator[None]:
+    """Say of which rule and stage what is refused is."""
+    try:
+        yield
+    except (InputError, TypeError, ValueError) as error:
+        raise InputError(f"rule synthetic on stage {stage.index}{which}: {error}") from error
 
 
 def _seed(stage: "Stage", which: int) -> int:

@@ -2,7 +2,8 @@
 
 A synthesizer is made by `factory(given, wanted, condition)`, from the shape of one sample of what
 it is called with and of what it must give, and what it is told of the target; it is called with a
-tensor (N, *given) and the target, or None. One file a kind; anybody's own is as good.
+tensor (N, *given) and the target, or None. Dimension 0 is the samples'. One file a kind; anybody's
+own is as good.
 """
 
 from collections.abc import Callable
@@ -53,6 +54,8 @@ def start_at_zero(synthesizer: Synthesizer) -> None:
     Headrace's own synthesizers call their last layer `last`; any other starts as it was made.
     """
     last = getattr(synthesizer, "last", None)
+    if isinstance(last, nn.Sequential):  # the last one of these that has weights
+        last = next((m for m in reversed(last) if [*m.parameters()]), None)
     if isinstance(last, nn.Module):
         for parameter in last.parameters():
             nn.init.zeros_(parameter)

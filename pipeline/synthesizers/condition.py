@@ -1,13 +1,21 @@
 """What a synthesizer may be told besides its input: the micro-batch's target."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Condition", "Conditioned"]
+__all__ = ["Condition", "Conditioned", "check_numbers"]
+
+
+def check_numbers(least: dict[str, int], **numbers: Any) -> None:
+    """Refuse what is not a whole number, or too small."""
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < least[name]:
+            raise ValueError(f"{name}={value!r}: give a whole number >= {least[name]}")
 
 
 @dataclass(frozen=True)
@@ -23,12 +31,16 @@ class Condition:
     features: int | None = None
 
     @classmethod
-    def of(cls, target: Any, classes: int | None) -> "Condition":
+    def of(cls, target: Any, classes: int | None, shape: Sequence[int] = ()) -> "Condition":
         """What this target is.
+
+        Args:
+            shape: of the tensor (N, …) that it is to be told beside; () does not look.
 
         Raises:
             TypeError: it is no single tensor.
-            ValueError: labels without `classes`, numbers with them, or a label beyond them.
+            ValueError: labels without `classes`, numbers with them, a label beyond them, or a shape
+                that does not go with the tensor's.
         """
         if not isinstance(target, Tensor):
             raise TypeError(
@@ -40,7 +52,20 @@ class Condition:
                 raise ValueError(
                     f"classes={classes}, but the target is {target.dtype}, no labels: leave it out"
                 )
+            if shape and len(target) != shape[0]:
+                raise ValueError(
+                    f"a target of {len(target)} samples beside an output of {shape[0]}: dimension "
+                    "0 must be the samples in both"
+                )
             return cls(features=math.prod(target.shape[1:]))
+        positions = (shape[:-1], (shape[0], *shape[2:])) if len(shape) > 2 else ()
+        fitting = [tuple(each) for each in (shape[:1], *positions)]
+        if shape and tuple(target.shape) not in fitting:
+            raise ValueError(
+                f"labels of shape {tuple(target.shape)} beside an output of shape {tuple(shape)}: "
+                f"they must be of shape {' or '.join(map(str, dict.fromkeys(fitting)))}, one for a "
+                "sample or one for a place; reshape them, or leave conditional out"
+            )
         if classes is None:
             raise ValueError(
                 f"conditional=True with labels ({target.dtype}) needs the number of classes: "
@@ -68,7 +93,7 @@ class Conditioned(nn.Module):
 
     def forward(self, target: Tensor) -> Tensor:
         if self.condition.classes is None:
-            return target.flatten(1).to(self.weight.dtype) @ self.weight
+            return target.reshape(len(target), -1).to(self.weight.dtype) @ self.weight
         known = target >= 0
-        rows = self.weight[target.clamp(min=0)]
+        rows = self.weight[target.clamp(min=0).long()]
         return rows * known.unsqueeze(-1)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .condition import Condition, Conditioned
+from .condition import Condition, Conditioned, check_numbers
 
 __all__ = ["Convolution"]
 
@@ -48,11 +48,10 @@ class Convolution(nn.Module):
                 f"a convolutional synthesizer from {tuple(given)} to {tuple(wanted)}: both must be "
                 "(channels, places …) of as many dimensions; write linear, mlp or sequence"
             )
-        if width < 1 or hidden < 0 or kernel < 1 or kernel % 2 == 0:
-            raise ValueError(
-                f"width={width!r}, hidden={hidden!r}, kernel={kernel!r}: give width >= 1, "
-                "hidden >= 0 and an odd kernel, which keeps the map's size"
-            )
+        least = {"width": 1, "hidden": 0, "kernel": 1}
+        check_numbers(least, width=width, hidden=hidden, kernel=kernel)
+        if kernel % 2 == 0:
+            raise ValueError(f"kernel={kernel!r}: give an odd one, which keeps the map's size")
         make = CONVOLUTIONS[dims]
         sizes = [given[0], *[width] * hidden, wanted[0]]
         layers = [make(a, b, kernel, padding=kernel // 2) for a, b in pairwise(sizes)]

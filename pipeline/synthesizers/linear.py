@@ -62,5 +62,5 @@ class Linear(nn.Module):
         if self.positions:
             y: Tensor = self.last(x, target)
             return y
-        y = self.last(x.flatten(1), target)
+        y = self.last(x.reshape(len(x), -1), target)
         return y.view(len(y), *self.wanted)

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .condition import Condition
+from .condition import Condition, check_numbers
 from .linear import Joint, acts_on_positions
 
 __all__ = ["MLP"]
@@ -30,9 +30,7 @@ class MLP(nn.Module):
         hidden: int = 2,
     ) -> None:
         super().__init__()
-        for name, value in (("width", width), ("hidden", hidden)):
-            if value < 1:
-                raise ValueError(f"{name}={value!r}: give a whole number >= 1")
+        check_numbers({"width": 1, "hidden": 1}, width=width, hidden=hidden)
         self.positions, self.wanted = acts_on_positions(given, wanted), wanted
         inputs = given[-1] if self.positions else math.prod(given)
         outputs = wanted[-1] if self.positions else wanted.numel()
@@ -41,7 +39,7 @@ class MLP(nn.Module):
         self.last = nn.Linear(width, outputs)
 
     def forward(self, x: Tensor, target: Tensor | None = None) -> Tensor:
-        y: Tensor = self.first(x if self.positions else x.flatten(1), target).relu()
+        y: Tensor = self.first(x if self.positions else x.reshape(len(x), -1), target).relu()
         for layer in self.middle:
             y = layer(y).relu()
         y = self.last(y)

@@ -5,7 +5,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from .condition import Condition, Conditioned
+from .condition import Condition, Conditioned, check_numbers
 
 __all__ = ["Sequence"]
 
@@ -41,10 +41,11 @@ class Sequence(nn.Module):
                 "(positions, features), or (positions,) of tokens with vocabulary=, and gives "
                 "(positions, features); write linear, mlp or convolution"
             )
-        if width < 1 or hidden < 0 or kernel < 1 or kernel % 2 == 0:
+        least = {"width": 1, "hidden": 0, "kernel": 1}
+        check_numbers(least, width=width, hidden=hidden, kernel=kernel)
+        if kernel % 2 == 0:
             raise ValueError(
-                f"width={width!r}, hidden={hidden!r}, kernel={kernel!r}: give width >= 1, "
-                "hidden >= 0 and an odd kernel, which keeps the sequence's length"
+                f"kernel={kernel!r}: give an odd one, which keeps the sequence's length"
             )
         self.embedding = None if vocabulary is None else nn.Embedding(vocabulary, width)
         features = given[-1] if vocabulary is None else width

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from headrace.pipeline import Pipeline, Progress
 from headrace.pipeline.rules import Delayed, Local, Synthetic
+from headrace.pipeline.synthesizers import Condition
 
 from ..pipeline.helpers import adamw, halve_slowly, momentum
 
@@ -27,6 +28,23 @@ class Case:
 
     options: Callable[[int], dict[str, Any]]
     optimizer: Callable[[Iterable[tuple[str, nn.Parameter]]], Optimizer] = momentum
+
+
+class Noisy(nn.Module):
+    """A synthesizer of one's own, with dropout."""
+
+    def __init__(self, given: torch.Size, wanted: torch.Size, condition: Condition | None) -> None:
+        super().__init__()
+        self.drop, self.last = nn.Dropout(0.3), nn.Linear(given[-1], wanted[-1])
+
+    def forward(self, h: Tensor, target: Tensor) -> Tensor:
+        result: Tensor = self.last(self.drop(h))
+        return result
+
+
+def noisy_head(shape: torch.Size, outputs: int) -> nn.Module:
+    """A head with dropout."""
+    return nn.Sequential(nn.Dropout(0.3), nn.Linear(shape[-1], outputs))
 
 
 def _stream(weights: str, **options: Any) -> Case:
@@ -56,6 +74,10 @@ CASES = {
             "autocast": torch.bfloat16,
         }
     ),
+    "synthetic, own that draws": Case(
+        lambda stages: {"rule": Synthetic(Noisy, conditional=True), "on_nonfinite": "skip"}
+    ),
+    "local, head that draws": Case(lambda stages: {"rule": Local(3, head=noisy_head)}, adamw),
     "synthetic before delayed": Case(
         lambda stages: {"rule": [Synthetic(lag=1), *[Delayed("stash")] * (stages - 1)]}
     ),

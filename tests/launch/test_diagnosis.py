@@ -327,13 +327,20 @@ def test_what_the_cut_and_the_links_explain_is_not_said_again() -> None:
 # Synthesizers ---------------------------------------------------------------------------------
 
 
-def test_a_synthesizer_that_takes_much_of_the_time() -> None:
-    found = diagnose(stages(4, 4, 4, slack=[], learning=[0.05, 0.31, 0.0]))
-    assert found.lines[1] == (
-        "the synthesizer of stage 1 spends 31% of that stage's time on learning, which no cut "
-        "knows of: take a smaller one (linear, or a lower width), or larger micro-batches"
+def test_synthesizers_that_take_much_of_the_time() -> None:
+    """They are not in the cut's costs: which stage is the slowest is seen, and no cut advised."""
+    busy = [0.9, 0.4, 0.5]
+    found = diagnose(stages(4, 4, 4, slack=[], learning=[0.31, 0.05, 0.11], busy=busy))
+    assert found.lines[0].startswith("stage 0 is the bottleneck: 4.00 ms a micro-batch, 33% of")
+    assert found.lines[1:] == (
+        "synthesizers take much of the time of stage 0 (31%), 2 (11%) for learning, which no cut "
+        "knows of: take smaller ones (linear, or a lower width), or larger micro-batches",
     )
+    assert not found.fixes
     assert rest(stages(4, 4, 4, slack=[], learning=[0.05, 0.09, 0.0])) == (FINE,)
+    unbalanced = stream(cut([4, 1, 1], [2, 1]), slack=[], learning=[0.3, 0.0])
+    assert not diagnose(unbalanced).fixes
+    assert diagnose(replace(unbalanced, learning=[])).fixes
 
 
 def test_slow_links_need_no_slack_where_no_gradient_is_waited_for() -> None:

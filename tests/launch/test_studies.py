@@ -11,6 +11,7 @@ import torch
 from headrace.launch.studies.digits import network, train_digits
 from headrace.launch.studies.jitter import SLOWDOWN, spells
 from headrace.launch.studies.recall import Recall, train_recall
+from headrace.launch.studies.recall import main as recall
 from headrace.launch.studies.representations import agreement, cka, smoothness
 from headrace.launch.studies.representations import main as representations
 from headrace.launch.studies.synthetic import CLAIMS, ROWS, check, table
@@ -50,6 +51,14 @@ def test_recall_targets_are_what_was_seen_delay_steps_before() -> None:
     seen = torch.cat([x.argmax(-1) for x, _ in windows], dim=1)
     target = torch.cat([y for _, y in windows], dim=1)
     assert torch.equal(target[:, 3:], seen[:, :-3])
+
+
+def test_the_example_prints_both(capsys: pytest.CaptureFixture[str]) -> None:
+    recall(["--segments", "20"])
+    out = capsys.readouterr().out
+    assert re.fullmatch(r"truncated back-propagation +0\.\d{3}\nwith .* 0\.\d{3} +\(.*\)\n", out)
+    with pytest.raises(SystemExit):
+        recall(["--delay", "0"])
 
 
 def test_spells_are_the_same_again_and_slow_for_a_while() -> None:

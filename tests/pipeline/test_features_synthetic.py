@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from headrace.pipeline import InputError, Pipeline, Progress
 from headrace.pipeline.rules import Delayed, Exact, Local, Rule, Synthetic
-from headrace.pipeline.synthesizers import MLP, Convolution, Linear
+from headrace.pipeline.synthesizers import MLP, Convolution, Linear, Sequence, start_at_zero
 
 from .helpers import SIZES, assert_same, batches_of, momentum, tanh_net
 
@@ -308,9 +308,12 @@ def scalar_only(given: torch.Size, wanted: torch.Size) -> nn.Module:
     [
         (Synthetic(Short), "the synthesizer Short gave"),
         (Synthetic(Convolution), "rule synthetic on stage 0: a convolutional synthesizer from"),
-        (Synthetic(scalar_only), "rule synthetic on stage 0: scalar_only() takes 2"),  # type: ignore[arg-type]
+        (Synthetic(scalar_only), "rule synthetic on stage 0: TypeError: scalar_only() takes 2"),  # type: ignore[arg-type]
         (Synthetic(conditional=True, classes=3), "classes=3, but the target is torch.float64"),
-        (Local(3, head=lambda shape: None), "rule local on stage 0: head: "),  # type: ignore
+        (
+            Local(3, head=lambda shape: None),
+            "rule local on stage 0, with a head of 3 outputs for float64[4, 11] and the",
+        ),  # type: ignore
         (
             Synthetic(inputs="synthetic", input_synthesizer=Convolution),
             "rule synthetic on stage 1, input_synthesizer: a convolutional synthesizer",
@@ -395,3 +398,236 @@ def test_compiled_stages_give_the_same_numbers(rule: Rule) -> None:
             return pipe.state_dict()
 
     assert_same(run(compile={"backend": "eager"}), run())
+
+
+# What a fresh reader found ---------------------------------------------------------------------
+
+
+class Noisy(nn.Module):
+    """A synthesizer, or a head, that draws."""
+
+    def __init__(self, given: torch.Size, *_: Any) -> None:
+        super().__init__()
+        self.drop, self.layer = nn.Dropout(0.5), nn.Linear(given[-1], given[-1]).double()
+
+    def forward(self, x: Tensor, target: Tensor | None = None) -> Tensor:
+        y: Tensor = self.layer(self.drop(x))
+        return y
+
+
+def test_what_a_synthesizer_draws_disturbs_no_layer() -> None:
+    """The first stage lives on the global random state, as a plain loop would."""
+    states = []
+    for rule in (Synthetic(Linear), Synthetic(Noisy), Synthetic(Noisy, inputs="synthetic")):
+        torch.manual_seed(0)
+        pipeline(rule).train(batches_of(20, 4))
+        states.append(torch.get_rng_state())
+    assert all(torch.equal(state, states[0]) for state in states)
+
+
+def test_an_output_that_the_next_stage_does_not_use_hides_nothing() -> None:
+    class Half(nn.Module):
+        def forward(self, both: dict[str, Any]) -> Tensor:
+            result: Tensor = both["a"]
+            return result
+
+    model = nn.Sequential(nn.Linear(5, 6), Split(), Half(), nn.Linear(6, 3)).double()
+    with Pipeline(model, MSE, momentum, rule=Synthetic(), stages=2, balance=[2, 2]) as pipe:
+        pipe.train(batches_of(80, 4))
+        row = pipe.statistics()[0]
+    assert row.cosine is not None and row.synthesizer_loss is not None
+
+
+def test_targets_of_one_number_a_sample() -> None:
+    model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 1), nn.Flatten(0)).double()
+    batches = [(x, y[:, 0]) for x, y in batches_of(40, 4)]
+    for n, balance in ((2, [2, 2]), (3, [1, 2, 1])):
+        rule = Synthetic(conditional=True)
+        with Pipeline(model, MSE, momentum, rule=rule, stages=n, balance=balance) as pipe:
+            pipe.train(batches)
+    with pytest.raises(InputError, match=r"the head gives float64\[4, 1\].*or give a head="):
+        Pipeline(model, MSE, momentum, rule=Local(1), stages=2, balance=[2, 2]).train(batches)
+
+
+@pytest.mark.parametrize("rule", [Synthetic(), Synthetic(inputs="synthetic"), Local(3)])
+def test_a_model_in_bfloat16(rule: Rule) -> None:
+    model = tanh_net().bfloat16()
+    batches = [(x.bfloat16(), y.bfloat16()) for x, y in batches_of(40, 4)]
+    with Pipeline(model, MSE, momentum, rule=rule, stages=3, balance=SIZES[3]) as pipe:
+        pipe.train(batches)
+
+
+def test_a_head_follows_the_stages_schedule_and_clipping() -> None:
+    heads: list[nn.Module] = []
+
+    def head(shape: torch.Size, outputs: int) -> nn.Module:
+        heads.append(nn.Linear(shape[-1], outputs).double())
+        return heads[-1]
+
+    def train(**options: Any) -> float:
+        heads.clear()
+        sgd = partial(torch.optim.SGD, lr=1.0)
+        with Pipeline(
+            tanh_net(), MSE, sgd, rule=Local(3, head=head), stages=2, balance=SIZES[2], **options
+        ) as pipe:
+            pipe.train(batches_of(4, 4))
+            start = [p.detach().clone() for p in heads[0].parameters()]
+            pipe.train(batches_of(40, 4))
+            now = heads[0].parameters()
+            return sum(float((a - b).detach().norm()) for a, b in zip(now, start, strict=True))
+
+    assert train() > 0.1
+    assert train(clip_grad_norm=1e-6) < 1e-4
+    assert train(scheduler=lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 1e-9)) < 1e-6
+
+
+def test_an_output_that_grows_or_needs_a_gradient_later() -> None:
+    class Late(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.count = 0
+
+        def forward(self, x: Tensor) -> Any:
+            self.count += 1
+            if self.count < 4:
+                return [x.detach()]
+            return [x] if self.count < 8 else [x, x.square()]
+
+    class Sum(nn.Module):
+        def forward(self, xs: list[Tensor]) -> Tensor:
+            result: Tensor = torch.stack(xs).sum(0)
+            return result
+
+    model = nn.Sequential(nn.Linear(5, 6), Late(), Sum(), nn.Linear(6, 3)).double()
+    with Pipeline(model, MSE, momentum, rule=Synthetic(), stages=2, balance=[2, 2]) as pipe:
+        pipe.train(batches_of(80, 4))
+        assert len(pipe._engines[0].stage.rule._synthesizers) == 2  # type: ignore[attr-defined]
+        assert sum(pipe.statistics()[0].lag.values()) == 17
+
+
+class InPlace(nn.Module):
+    """A synthesizer that works on its input in place, or does not, and gives a part of it back."""
+
+    def __init__(self, in_place: bool, *_: Any) -> None:
+        super().__init__()
+        self.in_place, self.scale = in_place, nn.Parameter(torch.ones(1, dtype=torch.float64))
+
+    def forward(self, x: Tensor, target: Tensor | None = None) -> Tensor:
+        x = x.relu_() if self.in_place else x.relu()
+        return x * self.scale if torch.is_grad_enabled() else x
+
+
+def test_a_synthesizer_may_work_in_place_and_give_its_input() -> None:
+    found = []
+    for in_place in (True, False):
+        with pipeline(Synthetic(partial(InPlace, in_place))) as pipe:
+            pipe.train(batches_of(40, 4))
+            row = pipe.statistics()[0]
+            found.append((row.synthesizer_loss, row.cosine, pipe.state_dict()))
+    assert found[0][:2] == found[1][:2]
+    assert_same(found[0][2], found[1][2])
+
+
+@pytest.mark.parametrize(
+    ("made", "says"),
+    [
+        (lambda *a: 3, "what makes it gave a int: give an nn.Module"),
+        (lambda *a: nn.Linear(11, 11).double(), "the synthesizer Linear cannot be called with"),
+        (lambda *a: {}["x"], "KeyError: 'x'"),
+    ],
+)
+def test_factories_at_fault(made: Any, says: str) -> None:
+    with pytest.raises(InputError, match=re.escape(f"rule synthetic on stage 0: {says}")):
+        pipeline(Synthetic(made)).train(batches_of(40, 4))
+
+
+@pytest.mark.parametrize(
+    ("target", "says"),
+    [
+        (torch.zeros(4, 1, dtype=torch.int64), "labels of shape (4, 1) beside an output of shape"),
+        (torch.zeros(4, 5, dtype=torch.int64), "they must be of shape (4,), one for a sample"),
+    ],
+)
+def test_labels_that_fit_no_output(target: Tensor, says: str) -> None:
+    batches = [(x, target) for x, _ in batches_of(40, 4)]
+    pipe = pipeline(Synthetic(conditional=True, classes=3))
+    with pytest.raises(InputError, match=re.escape(says)):
+        pipe.train(batches)
+
+
+def test_a_label_that_is_too_large_later() -> None:
+    labels = [torch.zeros(4, dtype=torch.uint8) for _ in range(10)]
+    labels[7][2] = 9
+    batches = [(x, y) for (x, _), y in zip(batches_of(40, 4), labels, strict=True)]
+    model = tanh_net()
+
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        return output.square().mean()
+
+    rule = Synthetic(conditional=True, classes=3)
+    pipe = Pipeline(model, loss, momentum, rule=rule, stages=3, balance=SIZES[3])
+    with pytest.raises(InputError, match="on stage 0: classes=3, but there is a label 9: write"):
+        pipe.train(batches)
+
+
+def test_tokens_need_to_be_told_of_under_full_unlock() -> None:
+    model = nn.Sequential(nn.Embedding(11, 8), nn.Linear(8, 8), nn.Linear(8, 11))
+
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(output.flatten(0, 1), target.flatten())
+
+    text = torch.randint(0, 11, (30, 4, 9))
+    batches = [(row[:, :-1], row[:, 1:]) for row in text]
+    pipe = Pipeline(
+        model, loss, adam(0.01), rule=Synthetic(inputs="synthetic"), stages=3, balance=[1, 1, 1]
+    )
+    with pytest.raises(InputError, match=r"give input_synthesizer=partial\(Sequence, vocabulary"):
+        pipe.train(batches)
+    rule = Synthetic(inputs="synthetic", input_synthesizer=partial(Sequence, vocabulary=11))
+    with Pipeline(model, loss, adam(0.01), rule=rule, stages=3, balance=[1, 1, 1]) as pipe:
+        pipe.train(batches)
+
+
+def test_a_synthesizer_that_turns_nan_is_told_from_a_gradient_that_is() -> None:
+    class Breaks(nn.Module):
+        def __init__(self, *_: Any) -> None:
+            super().__init__()
+            self.count, self.b = 0, nn.Parameter(torch.zeros(1, dtype=torch.float64))
+
+        def forward(self, x: Tensor, target: Tensor | None = None) -> Tensor:
+            self.count += not torch.is_grad_enabled()
+            bad = torch.is_grad_enabled() and self.count > 9
+            return (self.b + (math.nan if bad else 0.0)).expand_as(x)
+
+    with pytest.raises(FloatingPointError, match="the gradient that a synthesizer makes of it is"):
+        pipeline(Synthetic(Breaks)).train(batches_of(80, 4))
+
+
+def test_a_last_part_of_several_layers_is_not_zeroed_whole() -> None:
+    class Deep(nn.Module):
+        def __init__(self, given: torch.Size, *_: Any) -> None:
+            super().__init__()
+            n = given.numel()
+            self.last = nn.Sequential(nn.Linear(n, 9), nn.ReLU(), nn.Linear(9, n), nn.Identity())
+
+        def forward(self, x: Tensor, target: Tensor | None = None) -> Tensor:
+            y: Tensor = self.last(x)
+            return y
+
+    deep = Deep(torch.Size([4]))
+    start_at_zero(deep)
+    assert deep.last[0].weight.abs().sum() > 0
+    assert deep.last[2].weight.abs().sum() == 0 and deep.last[2].bias.abs().sum() == 0
+
+
+def test_pairs_without_a_meaning() -> None:
+    for make, says in (
+        (lambda: Synthetic(lag=2, ahead=5), "ahead=5 has no meaning with lag=2"),
+        (lambda: Synthetic(conditional="yes"), "conditional='yes': write True or False"),  # type: ignore[arg-type]
+        (lambda: Synthetic(p_update=True), "p_update=True: give a share"),
+        (lambda: pipeline([]), "rule= is a list of 0, for 3 stages"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(says)):
+            make()
+    with pytest.raises(TypeError, match=r"as in optimizer=lambda params: torch.optim.Adam"):
+        Synthetic(optimizer="Adam")  # type: ignore[arg-type]

@@ -164,7 +164,7 @@ def test_what_is_chosen() -> None:
             lambda: Convolution(size(7), size(7)),
             "a convolutional synthesizer from (7,) to (7,): both must be (channels, places …)",
         ),
-        (lambda: Convolution(size(3, 8, 8), size(3, 8, 8), kernel=4), "kernel=4: give width >= 1"),
+        (lambda: Convolution(size(3, 8, 8), size(3, 8, 8), kernel=4), "kernel=4: give an odd one"),
         (
             lambda: Sequence(size(7), size(7)),
             "a synthesizer of sequences from (7,) to (7,): it takes (positions, features)",

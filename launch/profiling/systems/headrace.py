@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 
 from headrace.pipeline import Pipeline
-from headrace.pipeline.nest import to_device
+from headrace.pipeline.nest import leaves, to_device
 from headrace.pipeline.partition import Partition
 from headrace.pipeline.pipeline import TUNE_AT
 from headrace.pipeline.schedule import SCHEDULES
@@ -97,6 +97,14 @@ class Unlocked(Stream):
     def __init__(self, rule: str, **arguments: Any) -> None:
         super().__init__()
         self.rule, self.arguments = rule, arguments
+
+    def refuses(self, work: Workload, cut: Partition, micro_batches: int) -> str | None:
+        own = _own_rule(work.config.pipeline, self.rule)
+        tensors = leaves(work.batches[0][0])
+        floating = len(tensors) == 1 and tensors[0].is_floating_point()
+        if "inputs" in self.arguments and "input_synthesizer" not in own and not floating:
+            return "a synthetic input is guessed from one tensor of numbers"
+        return None
 
     def build(self, work: Workload, cut: Partition, micro_batches: int) -> None:
         if self.rule == "local" and not _own_rule(work.config.pipeline, "local"):
