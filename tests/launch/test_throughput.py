@@ -427,7 +427,8 @@ def test_rules_that_wait_for_no_gradient(tmp_path: Path) -> None:
         assert row["staleness"] == [0, 0] and row["saved_graphs"] == [1, 1]
         assert row["weight_copies"] == [0, 0]
     assert re.search(r"^ms a mini-batch .* learning +sending", done.out, re.M)
-    stage, _ = re.findall(r"^stage [01] +\|([FBul.d ]+)\|", done.out, re.M)[:2]
-    assert "l" in stage
+    trace = json.loads((done.folder / "timeline.json").read_text())["traceEvents"]
+    assert {"forward", "backward", "update", "learn"} <= {event.get("cat") for event in trace}
+    assert re.search(r"^stream:configured\nstage 0 ", done.out, re.M), "its timeline has its name"
     assert done.table["slack"] == []
     assert "pipeline.slack" not in done.table["fixes"]
