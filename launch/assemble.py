@@ -14,7 +14,7 @@ from headrace.pipeline.schedule import SCHEDULES
 from headrace.pipeline.settings import Settings
 
 from .components import Component, build, call, find
-from .config import Config
+from .config import Config, PipelineOptions
 
 __all__ = [
     "expected_staleness",
@@ -23,7 +23,7 @@ __all__ = [
     "make_metrics",
     "make_model",
     "make_pipeline",
-    "make_rule",
+    "make_rules",
     "make_settings",
     "samples_per_epoch",
     "updates",
@@ -120,18 +120,13 @@ def make_pipeline(
         ValueError, TypeError: something in it cannot be; `Pipeline` says what.
     """
     options = config.pipeline
-    rule: Rule | list[Rule] | None = None
-    if isinstance(options.rule, list):
-        rule = [make_rule(f"pipeline.rule[{k}]", each) for k, each in enumerate(options.rule)]
-    elif options.rule is not None:
-        rule = make_rule("pipeline.rule", options.rule)
     return Pipeline(
         model,
         make_loss(config),
         build("optimizer", config.optimizer),
         scheduler=_make_scheduler(config.scheduler, total_updates),
         schedule=options.schedule,
-        rule=rule,
+        rule=make_rules(options),
         balance=options.balance,
         stages=config.stages,
         slack=options.slack,
@@ -148,14 +143,20 @@ def make_pipeline(
     )
 
 
-def make_rule(key: str, component: Component) -> Rule:
-    """A rule, as it is configured under this key.
+def make_rules(options: PipelineOptions) -> Rule | list[Rule] | None:
+    """The rule of all stages, one for each, or None for the schedule's own.
 
     Raises:
-        ValueError: it cannot be made.
+        ValueError: one cannot be made.
     """
-    rule: Rule = call(key, build(key, component))
-    return rule
+
+    def make(key: str, component: Component) -> Rule:
+        rule: Rule = call(key, build(key, component))
+        return rule
+
+    if isinstance(options.rule, list):
+        return [make(f"pipeline.rule[{k}]", each) for k, each in enumerate(options.rule)]
+    return None if options.rule is None else make("pipeline.rule", options.rule)
 
 
 def expected_staleness(config: Config, depths: Sequence[int]) -> tuple[float, ...]:

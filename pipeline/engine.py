@@ -13,51 +13,40 @@ stage before. What that one gives, it learns from.
 """
 
 import math
-import statistics
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
-from itertools import accumulate, chain
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from . import calls
 from .channel import Inbox, Links
-from .errors import InputError
 from .finite import explain
 from .gradient import all_finite
-from .link import Link
 from .message import Kind, Message
-from .microbatch import join
-from .nest import Nest, describe, leaves, to_device, total_bytes
-from .report import Books, Report, Row, StageStatistics, known
+from .nest import Nest, leaves, to_device, total_bytes
+from .report import Books, Report, Row
 from .schedule import (
-    SCHEDULES,
     Action,
-    Actions,
     Backward,
-    Forward,
     Learn,
     Schedule,
+    Stretch,
     Update,
     depths,
 )
 from .slack import choose_slack
 from .stage import Flight, Stage
-from .timeline import WORKING, Span, Timeline, Work
+from .timeline import WORKING, Span, Work
 
 __all__ = ["Call", "Done", "Engine", "Metrics"]
 
 WARM = 4
 """Micro-batches after which a stage's times are taken for `slack='auto'`."""
-
-PINGS = 5
-
-LARGE = 1 << 20
-"""Bytes, at least, of the message that a link's bandwidth is measured with."""
 
 Metrics = Mapping[str, Callable[[Any, Any], Any]]
 """Names to functions of an output and its target (nests) that give a mean over samples."""
@@ -77,24 +66,6 @@ class Done:
 
 
 Steps = Generator[Done | Inbox, None, Any]
-
-
-class Stretch:
-    """A schedule's actions from nothing in flight to nothing in flight, so far as they came."""
-
-    def __init__(self, actions: Actions) -> None:
-        self._actions = actions
-        next(actions)  # the first is a Forward
-
-    def after(self, there: bool) -> Iterator[Action]:
-        """Answer the Forward that is due, and give the actions up to the next one."""
-        try:
-            action = self._actions.send(there)
-            while not isinstance(action, Forward):
-                yield action
-                action = next(self._actions)
-        except StopIteration:
-            return
 
 
 class Engine:
@@ -119,7 +90,7 @@ class Engine:
         self.spans: list[Span] = []
         self._warm = (list(self.recorder.seconds), list(self.recorder.counts))
         self.restart_shares()
-        self._hop_bytes = 0
+        self.hop_bytes = 0
         self._orders = links.from_first or links.from_upstream
         self._read_ahead: deque[Message] = deque()
         self._real_inputs: deque[Message] = deque()
@@ -134,22 +105,29 @@ class Engine:
         self._spent = [0.0] * len(Work)
         self._training_seconds = 0.0
 
+    def shares(self) -> tuple[float, float, float]:
+        """Of the time in `train` since then: at work, waiting for neighbours, for the loader."""
+        seconds = self._training_seconds or math.nan
+        busy = sum(self._spent[work] for work in WORKING)
+        waiting, data = self._spent[Work.WAIT], self._spent[Work.DATA]
+        return busy / seconds, waiting / seconds, data / seconds
+
     def serve(self) -> Generator[Done | Inbox, None, None]:
         """Serve one call after the other, until the pipeline is closed."""
-        calls: dict[Call, Callable[[], Steps]] = {
-            Call.TRAIN: self._train,
-            Call.EVALUATE: self._evaluate,
-            Call.PREDICT: self._predict,
-            Call.STATE_DICT: self._state_dict,
-            Call.STATISTICS: self._statistics,
-            Call.TIMELINE: self._timeline,
-            Call.LINKS: self._measure_links,
-            Call.DRAIN: self._nothing,
-            Call.CLOSE: self._close,
+        serving: dict[Call, Callable[[Engine], Steps]] = {
+            Call.TRAIN: Engine._train,
+            Call.EVALUATE: calls.evaluate,
+            Call.PREDICT: calls.predict,
+            Call.STATE_DICT: calls.state_dict,
+            Call.STATISTICS: calls.stage_statistics,
+            Call.TIMELINE: calls.timeline,
+            Call.LINKS: calls.measure_links,
+            Call.DRAIN: calls.nothing,
+            Call.CLOSE: calls.close,
         }
         call = None
         while call is not Call.CLOSE:
-            begin = yield from self._take(self._orders)
+            begin = yield from self.take(self._orders)
             call = Call(begin.index)
             if call is not self.expected:
                 raise RuntimeError(
@@ -160,7 +138,7 @@ class Engine:
             self._pass_on(begin)
             if call is not Call.TRAIN:
                 yield from self._drain()
-            yield Done((yield from calls[call]()))
+            yield Done((yield from serving[call](self)))
 
     # Training ----------------------------------------------------------------------------------
 
@@ -173,7 +151,7 @@ class Engine:
             if message.kind is Kind.MICRO_BATCH:
                 yield from self._feed(message)
             elif message.kind is Kind.TUNE:
-                self._send_down(message)
+                self.send_down(message)
                 yield from self._tune()
             else:
                 break
@@ -193,10 +171,10 @@ class Engine:
         a stall of its own does not hold them up.
         """
         if not self.links.to_others:
-            return (yield from self._take(self._orders))
+            return (yield from self.take(self._orders))
         ahead = self._read_ahead
         while len(ahead) <= (self.stage.ahead or 0) and not (ahead and ahead[-1].kind is Kind.END):
-            message = yield from self._take(self._orders)
+            message = yield from self.take(self._orders)
             if message.kind is Kind.MICRO_BATCH:
                 x, target = cast(tuple[Nest, Nest], message.body)
                 # A loader may fill its tensors anew while they wait here.
@@ -213,7 +191,7 @@ class Engine:
         for outbox in self.links.to_others:
             outbox.send(message)
         if not self.links.to_others and self.links.from_first is None:
-            self._send_down(message)
+            self.send_down(message)
 
     def _feed(self, message: Message) -> Steps:
         """One tick: a forward, then what the schedule puts before the next one."""
@@ -229,7 +207,7 @@ class Engine:
             yield from self._perform(action)
         # Losses that came too late to ride up with a gradient.
         while self._heard < self.trained:
-            self._hear((yield from self._take(self.links.from_downstream)))
+            self._hear((yield from self.take(self.links.from_downstream)))
         if self._losses:
             self._tell(-1, [])
         self._stretches += self.trained > self._stretch_began
@@ -248,7 +226,7 @@ class Engine:
         if isinstance(action, Backward):
             yield from self._backward(action.index)
         elif isinstance(action, Update):
-            yield from self._update()
+            yield from self.update()
         else:
             assert isinstance(action, Learn)
             yield from self._learn(action.index)
@@ -264,33 +242,35 @@ class Engine:
         if self.links.from_first is not None and not stage.rule.knows_inputs:
             yield from self._see_input(message)
         output, target = self.recorder.run(Work.FORWARD, message.index, self._run_stage, message)
-        self._hop_bytes = total_bytes(output)
+        self.hop_bytes = total_bytes(output)
         if not stage.is_last:
             # Under full unlock the next stage has its target from the first.
             rides = None if self.links.to_others or self.links.from_first else target
-            self._send_down(message.carrying((output, rides)))
+            self.send_down(message.carrying((output, rides)))
 
     def _see_input(self, message: Message) -> Steps:
         """Find out what inputs look like, from the first real one."""
         self.doing = "waiting for the first real input"
-        self._real_inputs.append((yield from self._take(self.links.from_upstream)))
-        (source, _), (x, _) = message.body, self._real_inputs[0].body  # type: ignore[misc]
+        self._real_inputs.append((yield from self.take(self.links.from_upstream)))
+        source, _ = cast(tuple[Nest, Nest], message.body)
+        x, _ = cast(tuple[Nest, Nest], self._real_inputs[0].body)
         self.stage.rule.see_input(self.stage, source, x)
 
     def _run_stage(self, message: Message) -> tuple[Nest, Nest]:
-        x, target = self._input(message)
+        x, target = self.read_input(message)
         source = None
         if self.links.from_first is not None:
             source, x = x, self.stage.rule.guess_input(self.stage, x)
         samples = int(message.numbers[0])
         return self.stage.forward(message.index, x, target, samples, source), target
 
-    def _input(self, message: Message) -> tuple[Nest, Nest]:
+    def read_input(self, message: Message) -> tuple[Nest, Nest]:
         assert isinstance(message.body, tuple)
         x, target = message.body
         if self.stage.is_first:
-            # A loader may fill its tensors anew while they are in flight: they need copies then.
-            device, copy = self.stage.device, self.stage.count > 1
+            # A loader may fill its tensors anew while they are in flight: they need copies then,
+            # which those that were read ahead are.
+            device, copy = self.stage.device, self.stage.count > 1 and not self.links.to_others
             x, target = to_device(x, device, copy), to_device(target, device, copy)
         return x, target
 
@@ -300,12 +280,14 @@ class Engine:
         if not (stage.guesses or stage.is_last):
             self.doing = f"waiting for the gradient of micro-batch {index}"
             before = self._heard
-            gradients = self._hear((yield from self._take(self.links.from_downstream)), index)
+            gradients = self._hear((yield from self.take(self.links.from_downstream)), index)
             if before <= index < self._heard:
                 flight.loss = self._losses[index - self._heard]
         self.doing = f"backward of micro-batch {index}"
-        returned: list[Tensor | None] = [None for _ in leaves(flight.x)]
-        if stage.rule.moves():
+        returned: list[Tensor | None] = []
+        if not stage.rule.moves():
+            returned = [None for _ in leaves(flight.x)]
+        else:
             returned = self.recorder.run(Work.BACKWARD, index, stage.backward, flight, gradients)
             if stage.settings.stops_on_nonfinite:
                 leaving = [gradient for gradient in returned if gradient is not None]
@@ -346,7 +328,7 @@ class Engine:
         losses, self._losses = self._losses, []
         if not stage.is_first:
             body: Nest = ([*losses], [*returned])
-            self._send_up(Message(Kind.RESULT, index, numbers=numbers, body=body))
+            self.send_up(Message(Kind.RESULT, index, numbers=numbers, body=body))
             return
         for loss in losses:
             self.books.note(loss, numbers, stage.version, stage.learning_rate)
@@ -383,7 +365,7 @@ class Engine:
             return early.popleft() if waiting[0].index <= index or self.stage.rule.eager else None
         if waiting[0].index <= index:
             self.doing = f"waiting for what comes back for micro-batch {waiting[0].index}"
-            return (yield from self._take(inbox))
+            return (yield from self.take(inbox))
         assert inbox is not None
         message = inbox.poll() if self.stage.rule.eager else None
         self.progress += message is not None
@@ -404,7 +386,7 @@ class Engine:
             "lower learning rate, clip_grad_norm=1.0, or on_nonfinite='skip'"
         )
 
-    def _update(self) -> Steps:
+    def update(self) -> Steps:
         stage = self.stage
         self.doing = f"update {stage.version}"
         if not self._must_agree():
@@ -413,7 +395,7 @@ class Engine:
         stage.load_gradient()
         squared = stage.gradient_norm().double().cpu() ** 2
         mine = torch.stack([squared, torch.tensor(not stage.gradient.finite).double()])
-        total = yield from self._fold(mine, torch.add)
+        total = yield from self.fold(mine, torch.add)
         norm, finite = total[0].sqrt().to(stage.device), not total[1]
         self.recorder.run(Work.UPDATE, stage.version, stage.update, norm, finite)
 
@@ -444,131 +426,15 @@ class Engine:
                 "a delay allows falls as 1/(2τ+1)), clip_grad_norm=1.0, or on_nonfinite='skip'"
             )
 
-    # Evaluation and prediction -----------------------------------------------------------------
-
-    def _evaluate(self) -> Steps:
-        """The mean over samples of the loss and each metric, on every stage."""
-        sums: dict[str, Tensor] = {}
-        count = 0.0
-        for reply in (yield from self._infer(self._judge)):
-            assert isinstance(reply.body, dict)
-            count += reply.numbers[0]
-            for name, value in reply.body.items():
-                assert isinstance(value, Tensor)
-                sums[name] = sums.get(name, torch.zeros(())) + value.cpu() * reply.numbers[0]
-        return {name: float(total) / count for name, total in sums.items()}
-
-    def _judge(self, output: Nest, target: Nest) -> Nest:
-        values = {"loss": self.stage.take_loss(output, target)}
-        for name, metric in self.metrics.items():
-            values[name] = torch.as_tensor(metric(output, target))
-            if values[name].numel() != 1:
-                raise InputError(
-                    f"the metric {name!r} gave {describe(values[name])}: it must give one number, "
-                    "the mean over the samples"
-                )
-        return {name: value.detach().double() for name, value in values.items()}
-
-    def _predict(self) -> Steps:
-        """The outputs of all micro-batches, joined, on the CPU of every stage."""
-        cpu = torch.device("cpu")
-        replies = yield from self._infer(lambda output, target: to_device(output, cpu))
-        return join([reply.body for reply in replies])
-
-    def _infer(self, finish: Callable[[Nest, Nest], Nest]) -> Steps:
-        """Run what the first stage feeds, forward only; the last stage's replies ride back."""
-        stage = self.stage
-        stage.set_training(False)
-        replies: list[Message] = []
-        depth = stage.count - 1 - stage.index
-        stretch = Stretch(SCHEDULES["stream"].actions(depth, 1, 0, 0))
-        there = True
-        while there:
-            message = yield from self._take(self.links.from_upstream)
-            there = message.kind is Kind.MICRO_BATCH
-            own = self._infer_one(message, finish) if there else None
-            if not there:
-                self._send_down(message)
-            for action in stretch.after(there):
-                if isinstance(action, Backward):
-                    reply = own or (yield from self._take(self.links.from_downstream))
-                    replies.append(reply)
-                    self._send_up(reply)
-        stage.set_training(True)
-        return replies
-
-    def _infer_one(self, message: Message, finish: Callable[[Nest, Nest], Nest]) -> Message | None:
-        self.doing = f"forward of micro-batch {message.index} without gradient"
-        x, target = self._input(message)
-        with torch.no_grad():
-            output = self.stage.infer(x)
-            if self.stage.is_last:
-                return replace(message, kind=Kind.RESULT, body=finish(output, target))
-        self._send_down(message.carrying((output, target)))
-        return None
-
-    # Other calls -------------------------------------------------------------------------------
-
-    def _state_dict(self) -> Steps:
-        return (yield from self._fold(self.stage.state_dict(), _merge))
-
-    def _statistics(self) -> Steps:
-        stage = self.stage
-        seconds = self._training_seconds or math.nan
-        busy = sum(self._spent[work] for work in WORKING) / seconds
-        waiting, data = self._spent[Work.WAIT] / seconds, self._spent[Work.DATA] / seconds
-        head = [stage.version, stage.skipped, busy, waiting, data, stage.learning_rate]
-        head += [stage.most_in_flight, stage.rule.copies]
-        figures = stage.rule.figures
-        head += [figures.synthesizer_loss, figures.cosine, figures.local_loss]
-        head += [len(stage.staleness), *_pairs(stage.staleness), *_pairs(stage.lag)]
-        mine = {str(stage.index): torch.tensor(head, dtype=torch.float64)}
-        rows = yield from self._fold(mine, _merge)
-        return [_read_statistics(int(j), row.tolist()) for j, row in rows.items()]
-
-    def _timeline(self) -> Steps:
-        """Every stage's spans, on the first stage's clock."""
-        _, ahead = (0.0, 0.0) if self.stage.is_last else (yield from self._measure_hop(8))
-        flat = [number for span in self.spans for number in span]
-        mine = {str(self.stage.index): torch.tensor([ahead, *flat], dtype=torch.float64)}
-        rows = [row.tolist() for row in (yield from self._fold(mine, _merge)).values()]
-        # What each clock is ahead of the first one: the sum over the hops before it.
-        shifts = accumulate((row[0] for row in rows[:-1]), initial=0.0)
-        return Timeline.of(
-            [_read_span(row[k : k + 4], shift) for k in range(1, len(row), 4)]
-            for row, shift in zip(rows, shifts, strict=True)
-        )
-
-    def _measure_links(self) -> Steps:
-        """The link of each hop, by a small message and a large one."""
-        mine = [0.0, math.inf]
-        if not self.stage.is_last:
-            size = max(LARGE, self._hop_bytes)
-            small, _ = yield from self._measure_hop(8)
-            large, _ = yield from self._measure_hop(size)
-            mine = [small, (size - 8) / (large - small) if large > small else math.inf]
-        row = {str(self.stage.index): torch.tensor(mine, dtype=torch.float64)}
-        rows = [each.tolist() for each in (yield from self._fold(row, _merge)).values()]
-        return [Link(*each) for each in rows[:-1]]
-
-    def _nothing(self) -> Steps:
-        yield from ()
-
-    def _close(self) -> Steps:
-        if self.stage.gradient.versions:
-            yield from self._update()
-        # Nobody leaves before the last stage has come to its end: a failure there is everybody's.
-        yield from self._fold(torch.zeros(()), torch.add)
-
     def _tune(self) -> Steps:
         """Measure every stage and every hop, and choose the slack; all stages choose alike."""
         yield from self._drain()
         self.doing = "measuring the links"
         stage, hop = self.stage, math.nan
         if not stage.is_last:
-            hop, _ = yield from self._measure_hop(self._hop_bytes)
+            hop, _ = yield from calls.measure_hop(self, self.hop_bytes)
         mine = {str(stage.index): torch.tensor([self._pace(), hop], dtype=torch.float64)}
-        rows = [row.tolist() for row in (yield from self._fold(mine, _merge)).values()]
+        rows = [row.tolist() for row in (yield from self.fold(mine, calls.merge)).values()]
         slack, why = choose_slack([row[0] for row in rows], [row[1] for row in rows[:-1]])
         if stage.is_first:
             print(why, flush=True)
@@ -589,25 +455,9 @@ class Engine:
         back = seconds[Work.BACKWARD] + seconds[Work.UPDATE]
         return forward + back / max(1, counts[Work.BACKWARD])
 
-    def _measure_hop(self, size: int) -> Generator[Inbox, None, tuple[float, float]]:
-        """Seconds, one way, for a message of so many bytes, the median of a few; and by how much
-        the next stage's clock is ahead, by the quickest one.
-        """
-        ping = Message(
-            Kind.ECHO, body=torch.zeros(size, dtype=torch.uint8, device=self.stage.device)
-        )
-        hops = []
-        for _ in range(1 + PINGS):  # the first one waits until the next stage is listening
-            start = time.perf_counter()
-            self._send_down(ping)
-            reply = yield from self._take(self.links.from_downstream)
-            end = time.perf_counter()
-            hops.append(((end - start) / 2, reply.numbers[0] - (start + end) / 2))
-        return statistics.median(hop for hop, _ in hops[1:]), min(hops[1:])[1]
-
     # Messages ----------------------------------------------------------------------------------
 
-    def _take(self, inbox: Inbox | None) -> Generator[Inbox, None, Message]:
+    def take(self, inbox: Inbox | None) -> Generator[Inbox, None, Message]:
         """Wait for the next message of a channel."""
         assert inbox is not None
         start = time.perf_counter()
@@ -619,65 +469,26 @@ class Engine:
         self.progress += 1
         return message
 
-    def _send_down(self, message: Message) -> None:
+    def send_down(self, message: Message) -> None:
         if self.links.to_downstream is not None:
             self.links.to_downstream.send(message)
 
-    def _send_up(self, message: Message) -> None:
+    def send_up(self, message: Message) -> None:
         if self.links.to_upstream is not None:
             self.links.to_upstream.send(message)
 
-    def _fold(self, value: Any, combine: Callable[[Any, Any], Any]) -> Steps:
+    def fold(self, value: Any, combine: Callable[[Any, Any], Any]) -> Steps:
         """Combine every stage's value, in the stages' order, and give the result to every stage.
 
         A stage that waits here returns the echoes that the one before measures its link with.
         """
         stage, links = self.stage, self.links
         if not stage.is_first:
-            while (above := (yield from self._take(links.from_upstream))).kind is Kind.ECHO:
-                self._send_up(replace(above, numbers=(time.perf_counter(),)))
+            while (above := (yield from self.take(links.from_upstream))).kind is Kind.ECHO:
+                self.send_up(replace(above, numbers=(time.perf_counter(),)))
             value = combine(above.body, value)
         if not stage.is_last:
-            self._send_down(Message(Kind.VALUE, body=value))
-            value = (yield from self._take(links.from_downstream)).body
-        self._send_up(Message(Kind.VALUE, body=value))
+            self.send_down(Message(Kind.VALUE, body=value))
+            value = (yield from self.take(links.from_downstream)).body
+        self.send_up(Message(Kind.VALUE, body=value))
         return value
-
-
-def _merge(above: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {**above, **own}
-
-
-def _read_span(numbers: list[float], shift: float) -> Span:
-    work, index, start, end = numbers
-    return Span(Work(int(work)), int(index), start - shift, end - shift)
-
-
-def _pairs(counts: Counter[int]) -> list[int]:
-    """A histogram as numbers: value, count, value, count, …"""
-    return [*chain.from_iterable(sorted(counts.items()))]
-
-
-def _read_pairs(numbers: list[float]) -> dict[int, int]:
-    return {int(v): int(c) for v, c in zip(numbers[::2], numbers[1::2], strict=True)}
-
-
-def _read_statistics(stage: int, numbers: list[float]) -> StageStatistics:
-    updates, skipped, busy, waiting, data, rate, in_flight, copies, *rest = numbers
-    synthesizer_loss, cosine, local_loss, bins, *pairs = rest
-    return StageStatistics(
-        stage=stage,
-        updates=int(updates),
-        skipped=int(skipped),
-        staleness=_read_pairs(pairs[: 2 * int(bins)]),
-        busy=busy,
-        waiting=waiting,
-        data=data,
-        learning_rate=rate,
-        in_flight=int(in_flight),
-        copies=int(copies),
-        lag=_read_pairs(pairs[2 * int(bins) :]),
-        synthesizer_loss=known(synthesizer_loss),
-        cosine=known(cosine),
-        local_loss=known(local_loss),
-    )

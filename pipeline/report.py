@@ -3,13 +3,14 @@
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 from torch import Tensor
 
-__all__ = ["Books", "Figures", "Progress", "Report", "Row", "StageStatistics"]
+__all__ = ["Books", "Figures", "Progress", "Report", "Row", "StageStatistics", "known"]
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,41 @@ class StageStatistics:
     cosine: float | None = None
     local_loss: float | None = None
 
+    def numbers(self) -> list[float]:
+        """Write it as numbers, for a tensor."""
+        head = (self.stage, self.updates, self.skipped, self.busy, self.waiting, self.data)
+        learning = (self.synthesizer_loss, self.cosine, self.local_loss)
+        return [
+            *head,
+            *(self.learning_rate, self.in_flight, self.copies),
+            *(math.nan if value is None else value for value in learning),
+            len(self.staleness),
+            *_pairs(self.staleness),
+            *_pairs(self.lag),
+        ]
+
+    @classmethod
+    def from_numbers(cls, n: Sequence[float]) -> "StageStatistics":
+        """Read what `numbers` wrote."""
+        stage, updates, skipped, busy, waiting, data, rate, in_flight, copies, *rest = n
+        synthesizer_loss, cosine, local_loss, bins, *pairs = rest
+        return cls(
+            stage=int(stage),
+            updates=int(updates),
+            skipped=int(skipped),
+            staleness=_read_pairs(pairs[: 2 * int(bins)]),
+            busy=busy,
+            waiting=waiting,
+            data=data,
+            learning_rate=rate,
+            in_flight=int(in_flight),
+            copies=int(copies),
+            lag=_read_pairs(pairs[2 * int(bins) :]),
+            synthesizer_loss=known(synthesizer_loss),
+            cosine=known(cosine),
+            local_loss=known(local_loss),
+        )
+
     @property
     def lag_mean(self) -> float | None:
         """The mean lag; None where nothing came that could be late."""
@@ -189,6 +225,15 @@ class Row:
 def known(value: float) -> float | None:
     """A number, or None for the NaN that stands for none."""
     return None if math.isnan(value) else value
+
+
+def _pairs(counts: Mapping[int, int]) -> list[int]:
+    """A histogram as numbers: value, count, value, count, …"""
+    return [*chain.from_iterable(sorted(counts.items()))]
+
+
+def _read_pairs(numbers: Sequence[float]) -> dict[int, int]:
+    return {int(v): int(c) for v, c in zip(numbers[::2], numbers[1::2], strict=True)}
 
 
 class Books:

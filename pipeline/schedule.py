@@ -34,6 +34,7 @@ __all__ = [
     "Forward",
     "Learn",
     "Schedule",
+    "Stretch",
     "Update",
     "depths",
     "draw",
@@ -158,6 +159,24 @@ SCHEDULES = {
     "1f1b": Schedule("1f1b", flushes=True),
     "stream": Schedule("stream", flushes=False),
 }
+
+
+class Stretch:
+    """A schedule's actions from nothing in flight to nothing in flight, so far as they came."""
+
+    def __init__(self, actions: Actions) -> None:
+        self._actions = actions
+        next(actions)  # the first is a Forward
+
+    def after(self, there: bool) -> Iterator[Action]:
+        """Answer the Forward that is due, and give the actions up to the next one."""
+        try:
+            action = self._actions.send(there)
+            while not isinstance(action, Forward):
+                yield action
+                action = next(self._actions)
+        except StopIteration:
+            return
 
 
 def play(actions: Actions, micro_batches: int) -> Iterator[Action]:

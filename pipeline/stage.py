@@ -25,9 +25,6 @@ from .versions import Version
 
 __all__ = ["Flight", "Stage"]
 
-FIRST = 3
-"""Updates in which torch may warn of a scheduler's step before the optimizer's."""
-
 NONE: Mapping[str, Tensor] = {}
 
 
@@ -123,6 +120,10 @@ class Stage:
     def guesses(self) -> bool:
         """Whether it goes back with a guess: it is not the last stage, and does not wait."""
         return self.ahead is not None and not self.is_last
+
+    def derive_seed(self, which: int) -> int:
+        """Of the first weights of a network of the rule's: unlike those of any other."""
+        return (self.seed + 1) * 1_000_003 + 10_007 * (self.index + 1) + which
 
     def forward(self, index: int, x: Nest, target: Nest, samples: int, source: Nest = None) -> Nest:
         """Run a micro-batch forward, and keep what its backward needs.
@@ -323,13 +324,14 @@ class Stage:
         self.version += 1
 
     def _step_schedulers(self) -> None:
-        for scheduler in self.schedulers:
-            if self.version >= FIRST:
+        if self.version:
+            for scheduler in self.schedulers:
                 scheduler.step()
-                continue
-            with warnings.catch_warnings():
-                # torch's, where the first updates of all were skipped: the rate follows updates.
-                warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+            return
+        with warnings.catch_warnings():
+            # torch's, where the first update of all was skipped: the rate follows the updates.
+            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+            for scheduler in self.schedulers:
                 scheduler.step()
 
     def _clip(self, norm: Tensor | None) -> None:

@@ -27,7 +27,7 @@ class Evidence:
     Args:
         partition: the cut used, its layers' costs measured for one micro-batch.
         links: of each hop.
-        slack: of each hop, as used; empty where no stage waits for gradients.
+        slack: of each hop, as used; empty where not all stages wait for gradients.
         busy: each stage's share of the time. data: the first stage's for its loader.
         samples_per_second, ceiling: measured.
         update_every, workers, autocast: of the configuration.

@@ -19,7 +19,7 @@ from .systems import SYSTEMS
 from .systems.headrace import Flushing, Stream
 from .workload import Batch, Workload
 
-__all__ = ["Observation", "Recorded", "excerpt", "observe", "trace_kernels"]
+__all__ = ["Observation", "Recorded", "excerpt", "observe", "slack_of", "trace_kernels"]
 
 RECORDED = 12
 """Mini-batches in a recording, at least; more if they take less than half a second."""
@@ -60,7 +60,7 @@ class Observation:
 
     Args:
         stream: at work. flush: 1F1B, if it can be.
-        slack: of each hop; empty where no stage waits for gradients.
+        slack: of each hop; empty where not all stages wait for gradients.
         busy: each stage's share. data: the first stage's, with the loader.
     """
 
@@ -91,10 +91,11 @@ def observe(work: Workload, cut: Partition, row: str, micro_batches: int) -> Obs
     stream.train(work.of_steps(stream.warm_up_steps()).batches)
     pipe = stream.pipe
     pipe.reset_shares()
-    name = "stream" if any(pipe.depths) else row
-    streamed = _record(name, pipe, batches, work.config.pipeline.micro_batches)
+    slack = slack_of(pipe.depths)
+    streamed = _record(
+        "stream" if slack else row, pipe, batches, work.config.pipeline.micro_batches
+    )
     busy = [row.busy for row in pipe.statistics()]
-    slack = [a - b - 1 for a, b in pairwise(pipe.depths)] if any(pipe.depths) else []
     links = pipe.measure_links()
     data = _share_of_loading(work, pipe, count)
     stream.close()
@@ -108,6 +109,11 @@ def observe(work: Workload, cut: Partition, row: str, micro_batches: int) -> Obs
         flush.close()
     passes = measure_passes(work, sum(p.nbytes for p in work.model().parameters()))
     return Observation(streamed, flushed, links, slack, busy, data, passes)
+
+
+def slack_of(depths: Sequence[int]) -> list[int]:
+    """Of each hop, by how many micro-batches each stage has in flight; empty where not all wait."""
+    return [a - b - 1 for a, b in pairwise(depths)] if all(depths[:-1]) else []
 
 
 def _stream(row: str) -> Stream:

@@ -17,8 +17,7 @@ from headrace.pipeline.partition import Partition
 from headrace.pipeline.schedule import SCHEDULES
 from headrace.pipeline.timeline import Work, chrome_trace
 
-from ..assemble import expected_staleness, make_rule
-from ..config import PipelineOptions
+from ..assemble import expected_staleness, make_rules
 from ..data.checks import import_extra
 from ..display import partition_table, title
 from .contest import Entry, best
@@ -101,17 +100,12 @@ def tell_plan(work: Workload, cut: Partition, out: Console) -> None:
     out.print(title(work.config, f"{emulated}{work.ranks} ranks, {work.device.type}"))
     options = work.config.pipeline
     slack = 1 if options.slack == "auto" else options.slack
-    late = _waits(options, work.ranks)
-    depths = SCHEDULES[options.schedule].depths(work.ranks, slack if any(late[:-1]) else 0, late)
+    rules = make_rules(options)
+    each = rules if isinstance(rules, list) else [rules] * work.ranks
+    waits = [rule is None or rule.ahead is None for rule in each]
+    depths = SCHEDULES[options.schedule].depths(work.ranks, slack, waits)
     out.print(partition_table(cut, expected_staleness(work.config, depths)))
     out.print()
-
-
-def _waits(options: PipelineOptions, ranks: int) -> list[bool]:
-    """Whether each stage waits for its gradients, under the configured rule."""
-    rule = options.rule
-    rules = rule if isinstance(rule, list) else [rule] * ranks
-    return [each is None or make_rule("pipeline.rule", each).ahead is None for each in rules]
 
 
 def tell(found: Results, out: Console) -> None:

@@ -15,7 +15,7 @@ from headrace.pipeline.rules import Rule
 from ..data import Digits
 from ..metrics import accuracy
 
-__all__ = ["BATCH", "network", "train_digits"]
+__all__ = ["network", "train_digits"]
 
 BATCH, WIDTH = 64, 64
 

@@ -39,11 +39,11 @@ STALL, AHEAD = 6, 8
 """Micro-batches' time that a stage stops for; those that may be on their way."""
 
 
-def spells(seed: int, count: int = COUNT) -> list[float]:
+def spells(seed: int) -> list[float]:
     """Factors of a stage's time, micro-batch by micro-batch: 1, or `SLOWDOWN` for a spell."""
     draws = random.Random(seed)
-    slow = [draws.random() < SHARE for _ in range(-(-count // SPELL))]
-    return [SLOWDOWN if slow[k // SPELL] else 1.0 for k in range(count)]
+    slow = [draws.random() < SHARE for _ in range(-(-COUNT // SPELL))]
+    return [SLOWDOWN if slow[k // SPELL] else 1.0 for k in range(COUNT)]
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     times = _times(options.ms)
     calm = partial(emulated, stages, *times)
-    one = partial(calm, slowed=stages // 2, pace=spells(1))
+    pace = spells(1)
+    one = partial(calm, slowed=stages // 2, pace=pace)
 
     def every() -> nn.Sequential:
         return nn.Sequential(*(EmulatedLayer(*times, 8, pace=spells(j)) for j in range(stages)))
@@ -162,7 +163,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if rank() == 0:
             print(text, flush=True)
 
-    own = spells(1)
     say(
         f"EMULATED devices: {stages} stages of {options.ms:g} ms a micro-batch; medians of "
         f"{options.rounds}\nof the slowest stage's own mean rate:\n"
@@ -171,8 +171,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for row in ROWS:
         cells = []
         for make in (calm, one, every):
-            rates = [_rate(make(), row) / _own_rate(make()) for _ in range(options.rounds)]
-            cells.append(statistics.median(rates))
+            rates = [_rate(make(), row) for _ in range(options.rounds)]
+            cells.append(statistics.median(rates) / _own_rate(make()))
         pauses = [_pause(stages, row, options.ms) for _ in range(options.rounds)]
         say(
             f"{row.name:<24}{cells[0]:>10.3f}{cells[1]:>20.3f}{cells[2]:>20.3f}"
@@ -180,7 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     say(
         f"slow at times: {SLOWDOWN:.0f} times as slow in random spells of {SPELL}, "
-        f"{statistics.mean(factor > 1 for factor in own):.0%} of the time in the middle stage;\n"
+        f"{statistics.mean(factor > 1 for factor in pace):.0%} of the time in the middle stage;\n"
         f"pause: periods between two forwards of the last stage, at most, while stage 1 stops for "
         f"{STALL}; 1 is none"
     )

@@ -113,7 +113,7 @@ class Local(Rule):
         return [h.grad if outputs[0].requires_grad else None]
 
     def _build(self, stage: "Stage", h: Tensor) -> nn.Module:
-        seed = (stage.seed + 1) * 1_000_003 + 10_007 * (stage.index + 1)
+        seed = stage.derive_seed(0)
         made = make_seeded(lambda: self._make(h.shape[1:], self._outputs), seed, h)
         factory = self._optimizer or stage.settings.optimizer
         self._optimizers = make_optimizers(factory, list(made.named_parameters()))

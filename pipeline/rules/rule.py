@@ -77,8 +77,10 @@ class Rule:
         """
         return True
 
-    knows_inputs = True
-    """Whether a real input has been seen, where inputs are guessed."""
+    @property
+    def knows_inputs(self) -> bool:
+        """Whether a real input has been seen, where inputs are guessed."""
+        return True
 
     def see_input(self, stage: "Stage", source: Any, x: Any) -> None:
         """Look at the first real input `x`, and the network's own of that micro-batch."""

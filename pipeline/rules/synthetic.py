@@ -166,7 +166,7 @@ class Synthetic(Rule):
                 ) from error
 
     def _build(self, stage: "Stage", k: int, h: Tensor, target: Any) -> SyntheticGradient:
-        shape, seed = h.shape[1:], _seed(stage, k)
+        shape, seed = h.shape[1:], stage.derive_seed(k)
         told = Condition.of(target, self._classes, h.shape) if self._conditional else None
         network = make_seeded(lambda: self._make(shape, shape, told), seed, h)
         start_at_zero(network)
@@ -184,7 +184,7 @@ class Synthetic(Rule):
     # Inputs ------------------------------------------------------------------------------------
 
     @property
-    def knows_inputs(self) -> bool:  # type: ignore[override]
+    def knows_inputs(self) -> bool:
         return self._input is not None
 
     def see_input(self, stage: "Stage", source: Nest, x: Nest) -> None:
@@ -203,7 +203,7 @@ class Synthetic(Rule):
                     "own; or write inputs='real'"
                 )
             make, shapes = self._make_input or choose, (given[0].shape[1:], wanted[0].shape[1:])
-            seed = _seed(stage, 1000)
+            seed = stage.derive_seed(1000)
             network = make_seeded(lambda: make(*shapes, None), seed, wanted[0])
             self._input = Teachable(network, self._optimizer, seed)
             self._input_kind = wanted[0].dtype
@@ -234,8 +234,3 @@ def _of(stage: "Stage", which: str = "") -> Iterator[None]:
         yield
     except (InputError, TypeError, ValueError) as error:
         raise InputError(f"rule synthetic on stage {stage.index}{which}: {error}") from error
-
-
-def _seed(stage: "Stage", which: int) -> int:
-    """Of the first weights of a stage's synthesizers: unlike those of any other."""
-    return (stage.seed + 1) * 1_000_003 + 10_007 * (stage.index + 1) + which

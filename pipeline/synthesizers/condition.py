@@ -31,11 +31,11 @@ class Condition:
     features: int | None = None
 
     @classmethod
-    def of(cls, target: Any, classes: int | None, shape: Sequence[int] = ()) -> "Condition":
+    def of(cls, target: Any, classes: int | None, shape: Sequence[int]) -> "Condition":
         """What this target is.
 
         Args:
-            shape: of the tensor (N, …) that it is to be told beside; () does not look.
+            shape: of the tensor (N, …) that it is to be told beside.
 
         Raises:
             TypeError: it is no single tensor.
@@ -52,7 +52,7 @@ class Condition:
                 raise ValueError(
                     f"classes={classes}, but the target is {target.dtype}, no labels: leave it out"
                 )
-            if shape and len(target) != shape[0]:
+            if len(target) != shape[0]:
                 raise ValueError(
                     f"a target of {len(target)} samples beside an output of {shape[0]}: dimension "
                     "0 must be the samples in both"
@@ -60,7 +60,7 @@ class Condition:
             return cls(features=math.prod(target.shape[1:]))
         positions = (shape[:-1], (shape[0], *shape[2:])) if len(shape) > 2 else ()
         fitting = [tuple(each) for each in (shape[:1], *positions)]
-        if shape and tuple(target.shape) not in fitting:
+        if tuple(target.shape) not in fitting:
             raise ValueError(
                 f"labels of shape {tuple(target.shape)} beside an output of shape {tuple(shape)}: "
                 f"they must be of shape {' or '.join(map(str, dict.fromkeys(fitting)))}, one for a "

@@ -51,7 +51,7 @@ class Convolution(nn.Module):
         least = {"width": 1, "hidden": 0, "kernel": 1}
         check_numbers(least, width=width, hidden=hidden, kernel=kernel)
         if kernel % 2 == 0:
-            raise ValueError(f"kernel={kernel!r}: give an odd one, which keeps the map's size")
+            raise ValueError(f"kernel={kernel!r}: give an odd one, which keeps the size")
         make = CONVOLUTIONS[dims]
         sizes = [given[0], *[width] * hidden, wanted[0]]
         layers = [make(a, b, kernel, padding=kernel // 2) for a, b in pairwise(sizes)]

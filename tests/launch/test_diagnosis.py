@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from headrace.launch.profiling.diagnosis import Diagnosis, Evidence, diagnose
+from headrace.launch.profiling.observe import slack_of
 from headrace.pipeline import Link
 from headrace.pipeline.partition import LayerCost, Partition
 
@@ -341,6 +342,12 @@ def test_synthesizers_that_take_much_of_the_time() -> None:
     unbalanced = stream(cut([4, 1, 1], [2, 1]), slack=[], learning=[0.3, 0.0])
     assert not diagnose(unbalanced).fixes
     assert diagnose(replace(unbalanced, learning=[])).fixes
+
+
+def test_a_stage_that_does_not_wait_leaves_no_slack_to_speak_of() -> None:
+    """Of a list of rules: what is in flight does not add up over such a stage."""
+    assert slack_of((5, 3, 2, 0)) == [1, 0, 1]
+    assert slack_of((0, 2, 1, 0)) == slack_of((2, 0, 1, 0)) == slack_of((0, 0)) == []
 
 
 def test_slow_links_need_no_slack_where_no_gradient_is_waited_for() -> None:

@@ -178,17 +178,17 @@ def test_refused(make: Any, says: str) -> None:
 
 
 def test_conditions() -> None:
-    assert Condition.of(torch.randn(4, 2, 3), None) == Condition(features=6)
-    assert Condition.of(torch.tensor([0, 4]), 5) == LABELS
+    assert Condition.of(torch.randn(4, 2, 3), None, size(4, 7)) == Condition(features=6)
+    assert Condition.of(torch.tensor([0, 4]), 5, size(2, 7)) == LABELS
     for target, classes, says in (
         (torch.tensor([0, 4]), None, "needs the number of classes: write classes=5"),
         (torch.tensor([0, 5]), 5, "classes=5, but there is a label 5"),
         (torch.randn(4, 3), 5, "classes=5, but the target is torch.float32"),
     ):
         with pytest.raises(ValueError, match=re.escape(says)):
-            Condition.of(target, classes)
+            Condition.of(target, classes, size(len(target), 7))
     with pytest.raises(TypeError, match="one tensor, not a tuple: leave it out"):
-        Condition.of((torch.zeros(2), torch.zeros(2)), None)
+        Condition.of((torch.zeros(2), torch.zeros(2)), None, size(2, 7))
 
 
 def test_one_of_ones_own_starts_as_it_was_made() -> None:

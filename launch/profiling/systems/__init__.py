@@ -6,7 +6,7 @@ from ...components import Component
 from ...config import Config
 from .alone import Ceiling, OneDevice
 from .data_parallel import DataParallel
-from .headrace import Configured, Flushing, Recorded, Stream, Unlocked
+from .headrace import Configured, Delayed, Flushing, Recorded, Unlocked
 from .system import System
 from .torch_pipelining import Interleaved, Straight, ZeroBubble
 
@@ -15,11 +15,11 @@ __all__ = ["DEFAULT_ROWS", "SYSTEMS", "System", "default_rows", "observed"]
 SYSTEMS: dict[str, Callable[[], System]] = {
     "one-device": OneDevice,
     "ceiling": Ceiling,
-    "stream:stash": lambda: Stream("stash"),
-    "stream:stash+auto": lambda: Stream("stash", slack="auto"),
-    "stream:current": lambda: Stream("current"),
-    "stream:replay": lambda: Stream("replay"),
-    "stream:predict": lambda: Stream("predict"),
+    "stream:stash": lambda: Delayed("stash"),
+    "stream:stash+auto": lambda: Delayed("stash", slack="auto"),
+    "stream:current": lambda: Delayed("current"),
+    "stream:replay": lambda: Delayed("replay"),
+    "stream:predict": lambda: Delayed("predict"),
     "stream:configured": Configured,
     "stream:synthetic": lambda: Unlocked("synthetic", lag=2),
     "stream:synthetic+free": lambda: Unlocked("synthetic", lag="free"),

@@ -19,7 +19,7 @@ from ...config import PipelineOptions
 from ..workload import Batch, Workload
 from .system import Facts, System
 
-__all__ = ["Configured", "Flushing", "Recorded", "Stream", "Unlocked"]
+__all__ = ["Configured", "Delayed", "Flushing", "Recorded", "Stream", "Unlocked"]
 
 
 class _Headrace(System):
@@ -55,25 +55,29 @@ class _Headrace(System):
 
 
 class Stream(_Headrace):
-    """The stream under one weight policy; it stays full between warm-up and measurement.
-
-    Args:
-        slack: None is the configuration's.
-    """
-
-    def __init__(self, weights: str = "stash", slack: Literal["auto"] | None = None) -> None:
-        self.weights, self.slack = weights, slack
-
-    def options(self, options: PipelineOptions, micro_batches: int) -> PipelineOptions:
-        rule = Component("delayed", {"weights": self.weights})
-        slack = self.slack or options.slack
-        return replace(options, schedule="stream", rule=rule, slack=slack)
+    """A stream; it stays full between warm-up and measurement."""
 
     def warm_up_steps(self) -> int:
         options = self._config.pipeline
         fill = 2 * max(self.pipe.depths[0], self.pipe.stages) + 4
         tune = TUNE_AT + 2 * self.pipe.stages if options.slack == "auto" else 0
         return math.ceil((fill + tune) / options.micro_batches)
+
+
+class Delayed(Stream):
+    """The stream under one weight policy.
+
+    Args:
+        slack: None is the configuration's.
+    """
+
+    def __init__(self, weights: str, slack: Literal["auto"] | None = None) -> None:
+        self.weights, self.slack = weights, slack
+
+    def options(self, options: PipelineOptions, micro_batches: int) -> PipelineOptions:
+        rule = Component("delayed", {"weights": self.weights})
+        slack = self.slack or options.slack
+        return replace(options, schedule="stream", rule=rule, slack=slack)
 
 
 class Configured(Stream):
@@ -95,7 +99,6 @@ class Unlocked(Stream):
     """
 
     def __init__(self, rule: str, **arguments: Any) -> None:
-        super().__init__()
         self.rule, self.arguments = rule, arguments
 
     def refuses(self, work: Workload, cut: Partition, micro_batches: int) -> str | None:
@@ -125,7 +128,7 @@ def _own_rule(options: PipelineOptions, name: str) -> dict[str, Any]:
     return rule.init_args if isinstance(rule, Component) and rule.class_path == name else {}
 
 
-class Recorded(Stream):
+class Recorded(Delayed):
     """The stream while a timeline is recorded: what recording costs."""
 
     def begin(self) -> None:
