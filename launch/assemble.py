@@ -9,21 +9,31 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from headrace.pipeline import Link, Pipeline
+from headrace.pipeline.corrections import Correction
+from headrace.pipeline.grid import Grid
+from headrace.pipeline.replicas import Replicas
+from headrace.pipeline.replicas.downpour import Served
 from headrace.pipeline.rules import Rule
 from headrace.pipeline.schedule import SCHEDULES
 from headrace.pipeline.settings import Settings
 
 from .components import Component, build, call, find
 from .config import Config, PipelineOptions
+from .ranks import processes, rank
 
 __all__ = [
+    "count_replicas",
     "expected_staleness",
+    "make_corrections",
+    "make_grid",
     "make_loader",
     "make_loss",
     "make_metrics",
     "make_model",
     "make_pipeline",
+    "make_replicas",
     "make_rules",
+    "make_scheduler",
     "make_settings",
     "samples_per_epoch",
     "updates",
@@ -102,7 +112,52 @@ def updates(config: Config, loader: DataLoader[Any]) -> int | None:
         per_epoch = full * cuts + min(options.micro_batches, rest)
     else:
         per_epoch = full + (rest > 0)
-    return math.ceil(config.epochs * per_epoch / options.update_every)
+    total = math.ceil(config.epochs * per_epoch / options.update_every)
+    replicas = make_replicas(options)
+    return total if replicas is None else replicas.updates(total, count_replicas(config, replicas))
+
+
+def make_replicas(options: PipelineOptions) -> Replicas | None:
+    """How the replicas share their weights, if there are to be any.
+
+    Raises:
+        ValueError: it cannot be made.
+    """
+    if options.replicas is None:
+        return None
+    replicas: Replicas = call("pipeline.replicas", build("pipeline.replicas", options.replicas))
+    return replicas
+
+
+def count_replicas(config: Config, replicas: Replicas) -> int:
+    """How many there are."""
+    if isinstance(replicas, Served) and replicas.address is not None:
+        return replicas.count or 1
+    return make_grid(config, replicas).replicas
+
+
+def make_grid(config: Config, replicas: Replicas | None) -> Grid:
+    """Who is who among the processes.
+
+    Raises:
+        ValueError: as many do not make whole pipelines.
+    """
+    ranks, stages = processes(), config.stages
+    if replicas is None or ranks is None:
+        return Grid(stages or ranks or 1, rank=rank())
+    if stages is None:
+        raise ValueError("pipeline.replicas needs `stages`, the number of stages of each replica")
+    return replicas.lay_out(ranks, rank(), stages)
+
+
+def make_corrections(options: PipelineOptions) -> list[Correction]:
+    """The corrections, in order.
+
+    Raises:
+        ValueError: one cannot be made.
+    """
+    keyed = [(f"pipeline.corrections[{k}]", each) for k, each in enumerate(options.corrections)]
+    return [call(key, build(key, component)) for key, component in keyed]
 
 
 def make_pipeline(
@@ -124,9 +179,11 @@ def make_pipeline(
         model,
         make_loss(config),
         build("optimizer", config.optimizer),
-        scheduler=_make_scheduler(config.scheduler, total_updates),
+        scheduler=make_scheduler(config.scheduler, total_updates),
         schedule=options.schedule,
         rule=make_rules(options),
+        corrections=make_corrections(options),
+        replicas=make_replicas(options),
         balance=options.balance,
         stages=config.stages,
         slack=options.slack,
@@ -190,7 +247,12 @@ def uses_total(component: Component | None) -> bool:
     return component is not None and "total" in component.init_args.values()
 
 
-def _make_scheduler(component: Component | None, total_updates: int | None) -> Any:
+def make_scheduler(component: Component | None, total_updates: int | None) -> Any:
+    """A function from an optimizer to its scheduler, if there is to be one.
+
+    Raises:
+        ValueError: it wants to know the number of updates, and nobody does.
+    """
     if component is None:
         return None
     if uses_total(component) and total_updates is None:

@@ -27,14 +27,18 @@ HOMES: dict[str, tuple[str, ...]] = {
     "pipeline.rule.synthesizer": ("headrace.pipeline.synthesizers",),
     "pipeline.rule.input_synthesizer": ("headrace.pipeline.synthesizers",),
     "pipeline.rule.optimizer": ("torch.optim",),
+    "pipeline.corrections": ("headrace.pipeline.corrections",),
+    "pipeline.corrections.factor": ("headrace.pipeline.corrections.learning_rate",),
+    "pipeline.replicas": ("headrace.pipeline.replicas",),
 }
 
-# What a rule calls itself, at start: how many arguments it gives (shapes, parameters).
+# What a rule or correction calls itself: how many arguments it gives (shapes, parameters, …).
 DEFERRED = {
     "pipeline.rule.synthesizer": 3,
     "pipeline.rule.input_synthesizer": 3,
     "pipeline.rule.optimizer": 1,
     "pipeline.rule.head": 2,
+    "pipeline.corrections.factor": 1,
 }
 
 
@@ -67,7 +71,7 @@ def find(key: str, class_path: str) -> Callable[..., Any]:
 
 def _short(key: str, name: str) -> Any:
     homes = [importlib.import_module(home) for home in HOMES.get(_place(key), ())]
-    if key.startswith("pipeline.rule") and homes:
+    if key.startswith("pipeline.") and homes:
         found = _in_own_file(homes[0], name)
         if found is not None:
             return found

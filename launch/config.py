@@ -50,6 +50,12 @@ class PipelineOptions:
         Component | list[Component] | None,
         "delayed, synthetic, local, exact; or a list; null: delayed, or exact",
     ] = None
+    corrections: Annotated[
+        list[Component], "of a gradient's staleness, in order: learning_rate, delay_compensation"
+    ] = field(default_factory=list)
+    replicas: Annotated[
+        Component | None, "copies of the pipeline: allreduce, hogwild, downpour, elastic"
+    ] = None
     balance: Annotated[Balance, "how layers are cut: by a cost, layer counts, or first names"] = (
         "time"
     )
@@ -205,12 +211,14 @@ def find_file(name: str) -> Path:
 
 
 def _is_component(annotation: Any) -> bool:
-    return Component in (annotation, *get_args(annotation))
+    return Component in (annotation, *get_args(annotation))  # a list's are its items'
 
 
 def _components(key: str, given: Any, annotation: Any) -> Component | list[Component] | None:
     """One, or where a list may stand one of each item."""
-    if isinstance(given, list) and list[Component] in get_args(annotation):
+    if annotation == list[Component] and not isinstance(given, list):
+        given = [] if given is None else [given]
+    if isinstance(given, list) and list[Component] in (annotation, *get_args(annotation)):
         return [
             cast(Component, _component(f"{key}[{k}]", each, Component))
             for k, each in enumerate(given)

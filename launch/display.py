@@ -20,6 +20,7 @@ from .config import Config
 __all__ = [
     "ProgressLine",
     "amount",
+    "bars",
     "console",
     "duration",
     "layers_table",
@@ -85,6 +86,20 @@ def per_stage(values: Sequence[float]) -> str:
     """The values of all stages, or of the first and the last two of many."""
     shown = [_number(value) for value in values]
     return " ".join(shown if len(shown) <= 8 else [*shown[:3], "…", *shown[-2:]])
+
+
+def bars(counts: Mapping[int, int], most: int = 16) -> str:
+    """A histogram in a line: the least value, a bar for each value or for as many, the largest."""
+    if not counts:
+        return "(none)"
+    least, largest = min(counts), max(counts)
+    width = max(1, math.ceil((largest - least + 1) / most))
+    heights = [0] * math.ceil((largest - least + 1) / width)
+    for value, count in counts.items():
+        heights[(value - least) // width] += count
+    top = max(heights)
+    drawn = "".join(" ▁▂▃▄▅▆▇█"[math.ceil(8 * height / top)] for height in heights)
+    return f"({least} {drawn} {largest})"
 
 
 # Tables -------------------------------------------------------------------------------------

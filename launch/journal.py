@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from headrace.pipeline import Pipeline, Report
-from headrace.pipeline.report import Progress, StageStatistics
+from headrace.pipeline.report import Progress, ShardStatistics, StageStatistics
 
 from .assemble import expected_staleness
 from .config import Config, to_yaml
 from .display import (
     ProgressLine,
+    bars,
     console,
     duration,
     partition_table,
@@ -43,12 +44,14 @@ class Journal:
         self._files = RunFiles(config.name, to_yaml(config))
         self._out = console()
         where = " in one process" if processes() is None else ""
-        self._out.print(title(config, f"{pipe.stages} stages{where}"))
+        self._replicas = pipe.replicas
+        copies = f"{pipe.replicas} replicas of " if pipe.replicas > 1 else ""
+        self._out.print(title(config, f"{copies}{pipe.stages} stages{where}"))
         self._out.print(partition_table(pipe.partition, expected_staleness(config, pipe.depths)))
         self._out.print(prospect(pipe.partition))
         self._samples, self._micro_batches, self._seconds = 0, 0, 0.0
         self._loss = math.nan
-        total = samples * config.epochs if samples is not None else None
+        total = samples * config.epochs // pipe.replicas if samples is not None else None
         self._line = ProgressLine(self._out, config.epochs, total)
 
     def progress(self, epoch: int, progress: Progress) -> None:
@@ -101,19 +104,35 @@ class Journal:
         self,
         scores: Mapping[str, float],
         statistics: Sequence[StageStatistics],
+        shards: Sequence[ShardStatistics],
         weights: Mapping[str, Tensor],
     ) -> None:
         """After the last epoch and the test: the summary, the weights, the table.
 
         Args:
             scores: of the test data; empty without any.
+            statistics: of every replica's stages.
+            shards: of the parameter servers, if there are any.
         """
         self._line.close()
         if scores:
             self._files.log("test", self._samples, scores)
-        self._files.finish(self._summary(scores, statistics), weights)
+        if shards:
+            self._log_shards(shards)
+        self._files.finish(self._summary(scores, statistics, shards), weights)
         self._out.print()
-        self._out.print(self._results(scores, statistics))
+        self._out.print(self._results(scores, statistics, shards))
+
+    def _log_shards(self, shards: Sequence[ShardStatistics]) -> None:
+        values = {
+            "updates": [shard.updates for shard in shards],
+            "staleness": [shard.staleness_mean for shard in shards],
+        }
+        self._files.log("servers", self._samples, values)
+        for shard in shards:
+            self._files.histogram(
+                f"servers/staleness of stage {shard.stage}", self._samples, shard.staleness
+            )
 
     def close(self) -> None:
         """Take the progress line away and close the files, however the run ends."""
@@ -124,15 +143,23 @@ class Journal:
     def _rate(self) -> float:
         return self._samples / self._seconds if self._seconds else math.nan
 
-    def _results(self, scores: Mapping[str, float], statistics: Sequence[StageStatistics]) -> Any:
+    def _results(
+        self,
+        scores: Mapping[str, float],
+        statistics: Sequence[StageStatistics],
+        shards: Sequence[ShardStatistics],
+    ) -> Any:
+        whose = f", replica 0 of {self._replicas}" if self._replicas > 1 else ""
         rows = {f"test {name}": f"{value:.4f}" for name, value in scores.items() if name != "loss"}
         rows |= {"test loss": f"{scores['loss']:.4f}"} if scores else {}
-        rows["train loss"] = f"{self._loss:.4f}, mean of the last epoch"
-        rows["samples/s"] = f"{self._rate:,.0f}, trained for {duration(self._seconds)}"
+        rows["train loss"] = f"{self._loss:.4f}, mean of the last epoch{whose}"
+        rows["samples/s"] = f"{self._rate:,.0f}, trained for {duration(self._seconds)}{whose}"
         if skipped := sum(stage.skipped for stage in statistics):
             rows["skipped updates"] = str(skipped)
+        many = self._replicas > 1
+        names = [f"{s.replica}.{s.stage}" if many else f"{s.stage}" for s in statistics]
         stages = {
-            "stage": [str(stage.stage) for stage in statistics],
+            "replica.stage" if many else "stage": names,
             "staleness": [f"{stage.staleness_mean:.2f}" for stage in statistics],
             "busy": [f"{stage.busy:.0%}" for stage in statistics],
         }
@@ -144,16 +171,28 @@ class Journal:
         ):
             if any(value is not None for value in column):
                 stages[name] = ["-" if v is None else format(v, digits) for v in column]
-        return results_table(rows, stages, {"files": str(self._files.folder)})
+        last = {
+            f"server of stage {shard.stage}": (
+                f"{shard.updates:,} updates, staleness {shard.staleness_mean:.2f} "
+                f"{bars(shard.staleness)}"
+            )
+            for shard in shards
+        }
+        return results_table(rows, stages, last | {"files": str(self._files.folder)})
 
     def _summary(
-        self, scores: Mapping[str, float], statistics: Sequence[StageStatistics]
+        self,
+        scores: Mapping[str, float],
+        statistics: Sequence[StageStatistics],
+        shards: Sequence[ShardStatistics],
     ) -> dict[str, Any]:
+        cut = self._partition.stages
         stages = [
             {
+                "replica": stage.replica,
                 "stage": stage.stage,
-                "layers": [layer.name for layer in layers],
-                "parameters": sum(layer.parameters for layer in layers),
+                "layers": [layer.name for layer in cut[stage.stage]],
+                "parameters": sum(layer.parameters for layer in cut[stage.stage]),
                 "updates": stage.updates,
                 "skipped": stage.skipped,
                 "staleness_mean": stage.staleness_mean,
@@ -167,7 +206,17 @@ class Journal:
                 cosine=stage.cosine,
                 local_loss=stage.local_loss,
             )
-            for stage, layers in zip(statistics, self._partition.stages, strict=True)
+            for stage in statistics
+        ]
+        servers = [
+            {
+                "stage": shard.stage,
+                "updates": shard.updates,
+                "staleness_mean": shard.staleness_mean,
+                "staleness": shard.staleness,
+                "pushed": shard.pushed,
+            }
+            for shard in shards
         ]
         return {
             "name": self._config.name,
@@ -180,6 +229,7 @@ class Journal:
             "train": {"loss": self._loss},
             "test": dict(scores),
             "stages": stages,
+            **({"servers": servers} if servers else {}),
             "versions": {
                 "python": platform.python_version(),
                 "torch": torch.__version__,

@@ -55,6 +55,7 @@ def make_plan(config: Config) -> tuple[Partition, tuple[float, ...]]:
     options = config.pipeline
     if options.slack == "auto":  # what it begins with, before it has measured the links
         options = replace(options, slack=1)
+    options = replace(options, replicas=None)  # each replica is cut alike
     config = replace(config, pipeline=options, stages=config.stages or 1)
     loader = make_loader(config, "data.train", config.data.train)
     model = make_model(config)

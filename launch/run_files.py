@@ -47,6 +47,23 @@ class RunFiles:
                     if number is not None:
                         self._board.add_scalar(tag, number, step)
 
+    def histogram(self, tag: str, step: int, counts: Mapping[int, int]) -> None:
+        """Show TensorBoard how often each value came."""
+        if self._board is None or not counts:
+            return
+        values, many = zip(*sorted(counts.items()), strict=True)
+        self._board.add_histogram_raw(
+            tag,
+            min=values[0],
+            max=values[-1],
+            num=sum(many),
+            sum=sum(v * n for v, n in counts.items()),
+            sum_squares=sum(v * v * n for v, n in counts.items()),
+            bucket_limits=[v + 0.5 for v in values],
+            bucket_counts=list(many),
+            global_step=step,
+        )
+
     def finish(self, summary: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
         """Write summary.json and weights.pt, each whole or not at all, and close the others."""
         _replace(self.folder / "weights.pt", lambda path: torch.save(dict(weights), path))

@@ -16,12 +16,15 @@ import torch
 
 from headrace.pipeline import Pipeline
 from headrace.pipeline.errors import InputError
+from headrace.pipeline.grid import Grid
 
 from .assemble import (
+    make_grid,
     make_loader,
     make_metrics,
     make_model,
     make_pipeline,
+    make_replicas,
     samples_per_epoch,
     updates,
     uses_total,
@@ -39,10 +42,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         signal.signal(number, _stop)
     try:
         config = parse(sys.argv[1:] if arguments is None else arguments)
-        check_stages(config.stages)
+        replicas = make_replicas(config.pipeline)
+        if replicas is None:
+            check_stages(config.stages)
+        grid = make_grid(config, replicas)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
-        data = _make_data(config)
+        data = _make_data(config, grid)
         pipe = make_pipeline(config, make_model(config), data.updates)
     except (ValueError, TypeError) as error:
         _refuse(error)
@@ -69,7 +75,7 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 @dataclass(frozen=True)
 class _Data:
-    """What the first stage feeds; the other ranks know how many updates there will be."""
+    """What a first stage feeds; the other ranks know how many updates there will be."""
 
     train: Iterable[Any]
     test: Iterable[Any] | None
@@ -77,22 +83,23 @@ class _Data:
     updates: int | None
 
 
-def _make_data(config: Config) -> _Data:
+def _make_data(config: Config, grid: Grid) -> _Data:
     has_test = config.data.test is not None
-    if rank() > 0:
+    if grid.stage or grid.is_server:
         total = hear("updates") if uses_total(config.scheduler) else ""
         return _Data((), () if has_test else None, None, int(total) if total else None)
     train = make_loader(config, "data.train", config.data.train)
     test = make_loader(config, "data.test", config.data.test) if config.data.test else None
     total_updates = updates(config, train)
-    tell("updates", "" if total_updates is None else str(total_updates))
+    if rank() == 0:
+        tell("updates", "" if total_updates is None else str(total_updates))
     return _Data(train, test, samples_per_epoch(config, train), total_updates)
 
 
 def _run(config: Config, data: _Data, pipe: Pipeline) -> None:
     """Every rank does the same; the first one keeps the journal."""
     pipe.prepare(data.train)
-    journal = Journal(config, pipe, data.samples) if pipe.is_first else None
+    journal = Journal(config, pipe, data.samples) if pipe.rank == 0 else None
     try:
         for epoch in range(1, config.epochs + 1):
             log = partial(journal.progress, epoch) if journal else None
@@ -100,9 +107,10 @@ def _run(config: Config, data: _Data, pipe: Pipeline) -> None:
             if journal:
                 journal.epoch(epoch, report)
         scores = pipe.evaluate(data.test, make_metrics(config)) if data.test is not None else {}
-        statistics, weights = pipe.statistics(), pipe.state_dict()
+        statistics, shards = pipe.statistics(), pipe.shard_statistics()
+        weights = pipe.state_dict()
         if journal:
-            journal.finish(scores, statistics, weights)
+            journal.finish(scores, statistics, shards, weights)
     finally:
         if journal:
             journal.close()

@@ -6,39 +6,79 @@ from typing import Any
 import torch
 from torch import nn
 
+from .corrections import Correction
+from .grid import Grid
 from .link import Link
 from .loss import name_of
+from .replicas import Replicas
 from .rules import Rule
 from .schedule import SCHEDULES, Schedule
 from .world import World
 
 __all__ = [
     "check_choices",
+    "check_corrections",
     "check_counts",
     "check_kinds",
     "check_rules",
     "check_timeout",
-    "choose_stages",
+    "lay_out",
 ]
 
 
-def choose_stages(stages: int | None, world: World | None) -> int:
-    """The number of stages: as told, if there are as many ranks; or one for each rank."""
+def lay_out(stages: int | None, replicas: Any, world: World | None) -> Grid:
+    """Who is who: as many stages as told, if there are as many ranks; or one for each rank."""
     ranks = world.size if world else None
-    if stages is None:
-        return ranks or 1
-    if isinstance(stages, bool) or not isinstance(stages, int) or stages < 1:
+    if stages is not None and (isinstance(stages, bool) or not isinstance(stages, int)):
         raise ValueError(f"stages={stages!r}: give a whole number >= 1")
+    if stages is not None and stages < 1:
+        raise ValueError(f"stages={stages!r}: give a whole number >= 1")
+    rank = world.rank if world else 0
+    if replicas is not None:
+        return _lay_out_replicas(stages, replicas, ranks, rank)
+    if stages is None:
+        return Grid(ranks or 1, rank=rank)
     if ranks is not None and ranks != stages:
         if ranks < stages:
             hint = f"start with torchrun --nproc-per-node {stages}, or write stages={ranks}"
         else:
             hint = (
-                f"{ranks} ranks are not {stages} stages, and replicas of a pipeline are not there "
-                f"yet: start {stages} ranks, or write stages={ranks}"
+                f"start {stages} ranks, or write stages={ranks}; or, to have the others run copies "
+                "of the pipeline, replicas=Allreduce()"
             )
         raise ValueError(f"stages={stages} but torchrun started {ranks} ranks: {hint}")
-    return stages
+    return Grid(stages, rank=rank)
+
+
+def _lay_out_replicas(stages: int | None, replicas: Any, ranks: int | None, rank: int) -> Grid:
+    if not isinstance(replicas, Replicas):
+        raise TypeError(
+            f"replicas={replicas!r}: give an Allreduce, Hogwild, Downpour or Elastic, as in "
+            "replicas=Allreduce(2) with from headrace.pipeline.replicas import Allreduce"
+        )
+    if stages is None:
+        raise ValueError("replicas= needs stages=, the number of stages of each replica")
+    if ranks is None:
+        raise ValueError(
+            "replicas= are processes beside each other: start the script with torchrun "
+            f"--nproc-per-node {replicas.ranks(stages)}"
+        )
+    return replicas.lay_out(ranks, rank, stages)
+
+
+def check_corrections(
+    corrections: Sequence[Correction], rules: Sequence[Rule], schedule: Schedule
+) -> None:
+    """Refuse what is no correction, or has nothing to correct, or lacks what it needs."""
+    if not isinstance(corrections, Sequence) or isinstance(corrections, str):
+        raise TypeError(f"corrections={corrections!r}: give a list of corrections")
+    for correction in corrections:
+        if not isinstance(correction, Correction):
+            raise TypeError(
+                f"corrections={list(corrections)!r}: give objects, as in "
+                "corrections=[LearningRate('inverse')] with from headrace.pipeline.corrections "
+                "import LearningRate"
+            )
 
 
 def check_choices(loss_fn: Any, optimizer: Any, schedule: str, on_nonfinite: str) -> None:

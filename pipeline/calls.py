@@ -18,7 +18,7 @@ from .link import Link
 from .message import Kind, Message
 from .microbatch import join
 from .nest import Nest, describe, to_device
-from .report import StageStatistics, known
+from .report import ShardStatistics, StageStatistics, known
 from .schedule import SCHEDULES, Backward, Stretch
 from .timeline import Span, Timeline, Work
 
@@ -28,11 +28,13 @@ if TYPE_CHECKING:
 __all__ = [
     "close",
     "evaluate",
+    "load",
     "measure_hop",
     "measure_links",
     "merge",
     "nothing",
     "predict",
+    "shard_statistics",
     "stage_statistics",
     "state_dict",
     "timeline",
@@ -117,6 +119,21 @@ def state_dict(engine: "Engine") -> "Steps":
     return (yield from engine.fold(engine.stage.state_dict(), merge))
 
 
+def load(engine: "Engine") -> "Steps":
+    """Take this stage's part of a whole model's weights and buffers."""
+    incoming, engine.incoming = engine.incoming, {}
+    engine.stage.load_state_dict(incoming)
+    yield from engine.stage.peers.publish(engine)
+
+
+def shard_statistics(engine: "Engine") -> "Steps":
+    """The figures of every stage's parameter server."""
+    own = yield from engine.stage.peers.statistics(engine)
+    mine = {str(engine.stage.index): torch.tensor(own, dtype=torch.float64)}
+    rows = yield from engine.fold(mine, merge)
+    return [ShardStatistics.from_numbers(row.tolist()) for row in rows.values() if len(row)]
+
+
 def stage_statistics(engine: "Engine") -> "Steps":
     """Every stage's figures."""
     stage, figures = engine.stage, engine.stage.rule.figures
@@ -175,9 +192,7 @@ def nothing(engine: "Engine") -> "Steps":
 
 
 def close(engine: "Engine") -> "Steps":
-    """Apply what is accumulated, and leave together."""
-    if engine.stage.gradient.versions:
-        yield from engine.update()
+    """Leave together."""
     # Nobody leaves before the last stage has come to its end: a failure there is everybody's.
     yield from engine.fold(torch.zeros(()), torch.add)
 

@@ -14,7 +14,7 @@ from .message import Kind, Message
 from .nest import map_tensors
 from .timeline import Recorder
 
-__all__ = ["Inbox", "Links", "LocalChannel", "Outbox", "connect_locally"]
+__all__ = ["Inbox", "Links", "LocalChannel", "Outbox", "Soon", "connect_locally"]
 
 GOODBYE = 30.0
 """Seconds to wait for a neighbour's last message."""
@@ -29,6 +29,9 @@ class Inbox:
 
     file: int | None = None
 
+    silent = False
+    """Nothing tells that a message has arrived: look again soon."""
+
     def poll(self) -> Message | None:
         """Give the next message if it has arrived."""
         raise NotImplementedError
@@ -37,12 +40,23 @@ class Inbox:
         """Wait for the channel's last message."""
 
 
+class Soon(Inbox):
+    """Something to wait for that nothing announces."""
+
+    silent = True
+
+
 class Outbox:
     """Where messages go."""
 
     def send(self, message: Message) -> None:
         """Send without waiting; the tensors must not be changed afterwards."""
         raise NotImplementedError
+
+    @property
+    def backlog(self) -> int:
+        """Messages that wait to be sent, where a thread sends them."""
+        return 0
 
     def flush(self) -> bool:
         """Try again what could not be sent at once; whether nothing is left."""
@@ -59,6 +73,7 @@ class Links:
     Args:
         from_first, to_others: straight from the first stage to every other, where stages do not
             wait for the one before (full unlock); else there are none.
+        from_previous, to_next: the same stage of the replicas before and after this one, in a ring.
         recorder: of the stage's time, which the channels share with its engine.
     """
 
@@ -68,11 +83,13 @@ class Links:
     to_upstream: Outbox | None = None
     from_first: Inbox | None = None
     to_others: list[Outbox] = field(default_factory=list)
+    from_previous: Inbox | None = None
+    to_next: Outbox | None = None
     recorder: Recorder = field(default_factory=Recorder)
 
     @property
     def _outboxes(self) -> list[Outbox]:
-        every = (self.to_downstream, self.to_upstream, *self.to_others)
+        every = (self.to_downstream, self.to_upstream, *self.to_others, self.to_next)
         return [outbox for outbox in every if outbox is not None]
 
     def flush(self) -> bool:
@@ -85,7 +102,8 @@ class Links:
             outbox.send(Message(Kind.CLOSE))
         for outbox in self._outboxes:
             outbox.leave(GOODBYE)
-        for inbox in (self.from_upstream, self.from_downstream, self.from_first):
+        inboxes = (self.from_upstream, self.from_downstream, self.from_first, self.from_previous)
+        for inbox in inboxes:
             if inbox is not None:
                 inbox.leave(GOODBYE)
 

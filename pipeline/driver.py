@@ -1,21 +1,26 @@
 """Drive the engines: all of them in turn inside one process, or this rank's own under torchrun."""
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 from .engine import Call, Done, Engine
 from .feed import Source
 from .layers import layer_at_fault
 from .message import Message
-from .watch import Watch
+from .replicas.server import Server
+from .report import Report, ShardStatistics
+from .watch import Pulse, Watch
 
-__all__ = ["Alone", "Apart", "Driver"]
+__all__ = ["TOLD", "Alone", "Apart", "Driver", "Serving"]
 
 
 class Driver(Protocol):
     """Carries a call through the engines of this process."""
 
-    engines: list[Engine]
+    @property
+    def doing(self) -> str:
+        """What this process is at, for messages."""
 
     def run(self, call: Call, messages: Iterator[Message]) -> Any:
         """Make a call with the first stage's messages, and give its result."""
@@ -27,6 +32,10 @@ class Alone:
     def __init__(self, engines: Sequence[Engine], source: Source) -> None:
         self.engines, self._source = list(engines), source
         self._flows = [engine.serve() for engine in engines]
+
+    @property
+    def doing(self) -> str:
+        return self.engines[0].doing
 
     def run(self, call: Call, messages: Iterator[Message]) -> Any:
         self._source.open(messages)
@@ -65,6 +74,10 @@ class Apart:
         self._flow = engine.serve()
         self.waiting = False
 
+    @property
+    def doing(self) -> str:
+        return self.engines[0].doing
+
     def run(self, call: Call, messages: Iterator[Message]) -> Any:
         engine = self.engines[0]
         engine.expected = call
@@ -72,8 +85,57 @@ class Apart:
         self._watch.check()
         while not isinstance(step := next(self._flow), Done):
             self.waiting = True
-            self._watch.idle(step.file, patient=engine.links.flush())
+            self._watch.idle(step.file, patient=engine.links.flush() and not step.silent)
             self.waiting = False
         while not engine.links.flush():
             self._watch.idle(patient=False)
         return step.result
+
+
+TOLD: dict[Call, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
+    Call.TRAIN: (Report.numbers, Report.from_numbers),
+    Call.EVALUATE: (dict, dict),
+    Call.SHARDS: (
+        lambda shards: [shard.numbers() for shard in shards],
+        lambda rows: [ShardStatistics.from_numbers(row) for row in rows],
+    ),
+}
+"""Results that the first rank tells servers: how they are written for JSON, and read."""
+
+
+class Serving:
+    """A process that has no stage: its server works in threads, and calls wait for the replicas'.
+
+    What a call gives is the first rank's; tensors are not sent here: `predict` gives None, and
+    `state_dict` the server's own weights.
+    """
+
+    def __init__(self, server: Server, watch: Watch) -> None:
+        self._server, self._watch = server, watch
+        self._calls = self._settlings = 0
+
+    @property
+    def doing(self) -> str:
+        return f"serving the weights of stage {self._server.shard.stage}"
+
+    def pulse(self) -> Pulse:
+        """What to tell of itself with every beat."""
+        server = self._server
+        return Pulse(server.handled, True, server.shard.version > 0, self.doing)
+
+    def run(self, call: Call, messages: Iterator[Message]) -> Any:
+        self._calls += 1
+        if call is not Call.TRAIN:
+            self._settlings += 2 if call is Call.LOAD else 1
+            while self._server.settlings < self._settlings:
+                self._watch.idle()
+        if call is Call.CLOSE:
+            while self._server.connected:
+                self._watch.idle(patient=False)
+            self._server.close()
+        if call is Call.STATE_DICT:
+            return self._server.shard.snapshot()
+        if call in TOLD:
+            _, read = TOLD[call]
+            return read(json.loads(self._watch.learn(f"result/{self._calls}")))
+        return [] if call is Call.STATISTICS else None

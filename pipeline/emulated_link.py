@@ -28,6 +28,10 @@ class EmulatedLink(Outbox, threading.Thread):
         self._queue: SimpleQueue[tuple[Message, float]] = SimpleQueue()
         self.start()
 
+    @property
+    def backlog(self) -> int:
+        return self._queue.qsize() + self._outbox.backlog
+
     def send(self, message: Message) -> None:
         self._queue.put((message, perf_counter()))
 

@@ -55,7 +55,8 @@ Metrics = Mapping[str, Callable[[Any, Any], Any]]
 class Call(IntEnum):
     """What a user asks of a pipeline; every rank makes the same calls in the same order."""
 
-    TRAIN, EVALUATE, PREDICT, STATE_DICT, STATISTICS, TIMELINE, LINKS, DRAIN, CLOSE = range(9)
+    TRAIN, EVALUATE, PREDICT, STATE_DICT, LOAD = range(5)
+    STATISTICS, SHARDS, TIMELINE, LINKS, DRAIN, CLOSE = range(5, 11)
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ class Engine:
         self.books = Books(stage.count)
         self.expected = Call.TRAIN
         self.metrics: Metrics = {}
+        self.incoming: Mapping[str, Tensor] = {}
         self.doing = "waiting for its first call"
         self.progress = 0
         self.recorder = links.recorder
@@ -115,11 +117,12 @@ class Engine:
     def serve(self) -> Generator[Done | Inbox, None, None]:
         """Serve one call after the other, until the pipeline is closed."""
         serving: dict[Call, Callable[[Engine], Steps]] = {
-            Call.TRAIN: Engine._train,
             Call.EVALUATE: calls.evaluate,
             Call.PREDICT: calls.predict,
             Call.STATE_DICT: calls.state_dict,
+            Call.LOAD: calls.load,
             Call.STATISTICS: calls.stage_statistics,
+            Call.SHARDS: calls.shard_statistics,
             Call.TIMELINE: calls.timeline,
             Call.LINKS: calls.measure_links,
             Call.DRAIN: calls.nothing,
@@ -136,14 +139,22 @@ class Engine:
                     "in the same order, though only the first stage reads the data"
                 )
             self._pass_on(begin)
-            if call is not Call.TRAIN:
+            if call is Call.TRAIN:
+                result = yield from self._train()
+            else:
                 yield from self._drain()
-            yield Done((yield from serving[call](self)))
+                if call is Call.CLOSE and self.stage.gradient.versions:
+                    yield from self.update()
+                yield from self.stage.peers.settle(self)
+                result = yield from serving[call](self)
+                yield from self.stage.peers.release(self)
+            yield Done(result)
 
     # Training ----------------------------------------------------------------------------------
 
     def _train(self) -> Steps:
         self.stage.set_training(True)
+        yield from self.stage.peers.ready(self)
         self.books.begin()
         start, before = time.perf_counter(), list(self.recorder.seconds)
         while True:
@@ -162,6 +173,7 @@ class Engine:
         self._training_seconds += time.perf_counter() - start
         for work, (now, then) in enumerate(zip(self.recorder.seconds, before, strict=True)):
             self._spent[work] += now - then
+        yield from self.stage.peers.rest(self)
         return Report.from_numbers(message.numbers)
 
     def _next(self) -> Generator[Inbox, None, Message]:
@@ -387,8 +399,15 @@ class Engine:
         )
 
     def update(self) -> Steps:
+        """Move the weights on what was accumulated, as all replicas have it."""
+        self.doing = f"update {self.stage.version}"
+        yield from self.stage.peers.combine(self)
+        yield from self.apply()
+        yield from self.stage.peers.refresh(self)
+
+    def apply(self) -> Steps:
+        """Move the weights on the stage's gradient, agreeing with the other stages if need be."""
         stage = self.stage
-        self.doing = f"update {stage.version}"
         if not self._must_agree():
             self.recorder.run(Work.UPDATE, stage.version, self._update_alone)
             return
@@ -421,7 +440,7 @@ class Engine:
         else:
             raise FloatingPointError(
                 f"stage {stage.index} of {stage.count}, micro-batch {flight.index}: {reason}. "
-                f"Staleness {stage.version - flight.version} updates, effective learning rate "
+                f"Staleness {stage.timestamp - flight.version} updates, effective learning rate "
                 f"η/(1-m) = {stage.effective_learning_rate:.3g}. Try a lower learning rate (what "
                 "a delay allows falls as 1/(2τ+1)), clip_grad_norm=1.0, or on_nonfinite='skip'"
             )

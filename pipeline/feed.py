@@ -2,18 +2,21 @@
 
 import traceback
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import Any
 
 from torch import Tensor
+from torch.utils.data import DistributedSampler
 
 from .channel import Inbox
 from .engine import Call
 from .errors import InputError, first_line
+from .grid import Grid
 from .message import Kind, Message
 from .microbatch import samples, split
 from .nest import Nest
 
-__all__ = ["Source", "begin", "feed", "read"]
+__all__ = ["Source", "begin", "deal", "feed", "read"]
 
 
 class Source(Inbox):
@@ -107,6 +110,40 @@ def read(loader: Iterable[Any], pairs_only: bool) -> Iterator[tuple[Nest, Nest]]
         raise InputError(
             "the loader gave no mini-batch: give a DataLoader or a list of (input, target) pairs; "
             "a generator can be read only once, and drop_last=True drops a lone short batch"
+        )
+
+
+def deal(
+    batches: Iterator[tuple[Nest, Nest]], loader: Any, grid: Grid
+) -> Iterator[tuple[Nest, Nest]]:
+    """A replica's own mini-batches of those that all replicas read: r, r+R, r+2R, …
+
+    A loader with a DistributedSampler gives each replica its own already.
+
+    Raises:
+        ValueError: the DistributedSampler is another replica's.
+        InputError: there are fewer mini-batches than replicas.
+    """
+    sampler = getattr(loader, "sampler", None)
+    sampler = getattr(getattr(loader, "batch_sampler", None), "sampler", sampler)
+    replica, replicas = grid.share
+    if isinstance(sampler, DistributedSampler):
+        if (sampler.num_replicas, sampler.rank) != (replicas, replica):
+            raise ValueError(
+                f"the loader's DistributedSampler has num_replicas={sampler.num_replicas}, "
+                f"rank={sampler.rank}, and this is replica {replica} of {replicas}: "
+                "write DistributedSampler(dataset, pipe.replicas, pipe.replica)"
+            )
+        yield from batches
+        return
+    none = True
+    for batch in islice(batches, replica, None, replicas):
+        none = False
+        yield batch
+    if none:
+        raise InputError(
+            f"the loader has no mini-batch for replica {replica} of {replicas}: each "
+            "takes every R-th, so give at least as many as there are replicas"
         )
 
 

@@ -15,25 +15,46 @@ class Gradient:
     The first weighs 1, and so does any other of as many samples: adding it is one pass over memory.
     A single micro-batch's mean is kept, and given back, bit for bit.
 
+    A correction may count a micro-batch for less, by a factor: then the mean is one by samples
+    times factors, and `rate` is what the learning rate is to be multiplied by.
+
     Args:
-        first: samples of the first micro-batch.
+        samples: of all that was added.
+        first: samples times factor of the first micro-batch.
+        weight: samples times factor of all.
         versions: the weight version of each micro-batch's forward.
     """
 
     sums: dict[str, Tensor] = field(default_factory=dict)
     samples: int = 0
-    first: int = 0
+    first: float = 0
+    weight: float = 0
     versions: list[int] = field(default_factory=list)
     finite: bool = True
 
-    def add(self, means: dict[str, Tensor], samples: int, version: int, finite: bool) -> None:
-        """Add a micro-batch's mean gradient, by weight name; one that is not finite spoils all.
+    def add(
+        self,
+        means: dict[str, Tensor],
+        samples: int,
+        versions: list[int],
+        finite: bool = True,
+        factor: float = 1,
+    ) -> None:
+        """Add a mean gradient, by weight name; one that is not finite spoils all.
 
         The tensors are changed in place from now on.
+
+        Args:
+            versions: of the weights that it was taken at, one for each micro-batch in it.
         """
         self.finite = self.finite and finite
-        self.first = self.first or samples
-        weight = samples / self.first
+        self.samples += samples
+        self.versions += versions
+        if not factor:
+            return
+        self.weight += samples * factor
+        self.first = self.first or samples * factor
+        weight = samples * factor / self.first
         for name, mean in means.items():
             held = self.sums.get(name)
             if held is None:
@@ -42,14 +63,17 @@ class Gradient:
                 held.add_(mean, alpha=weight)
             else:
                 self.sums[name] = held + mean * weight
-        self.samples += samples
-        self.versions.append(version)
+
+    @property
+    def rate(self) -> float:
+        """The mean factor over all samples."""
+        return self.weight / self.samples if self.samples else 1.0
 
     def mean(self) -> dict[str, Tensor]:
         """The mean gradient over all samples added; call it once."""
-        if len(self.versions) > 1:
+        if self.weight != self.first:
             for value in self.sums.values():
-                value.mul_(self.first / self.samples)
+                value.mul_(self.first / self.weight)
         return self.sums
 
 

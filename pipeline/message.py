@@ -42,9 +42,13 @@ class Kind(IntEnum):
 
     Upstream: what came of a micro-batch. VALUE and ECHO go both ways: a value folded over the
     stages, a measurement of a link. CLOSE is a channel's last message; FRAME is a channel's own.
+
+    A replica to a server: it is there, wants the weights, has a gradient or its own weights, has
+    nothing in flight, has other weights for it, wants its figures. The server: WEIGHTS, VALUE.
     """
 
     BEGIN, MICRO_BATCH, TUNE, END, RESULT, VALUE, ECHO, CLOSE, FRAME = range(9)
+    JOIN, FETCH, PUSH, SETTLE, LOAD, ASK, WEIGHTS = range(9, 16)
 
 
 @dataclass(frozen=True, slots=True)

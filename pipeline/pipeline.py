@@ -2,10 +2,12 @@
 
 import atexit
 import itertools
+import json
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Literal, Self, cast
 
@@ -14,17 +16,20 @@ from torch import Tensor, nn
 
 from .arguments import (
     check_choices,
+    check_corrections,
     check_counts,
     check_kinds,
     check_rules,
     check_timeout,
-    choose_stages,
+    lay_out,
 )
 from .channel import Links, connect_locally
-from .driver import Alone, Apart, Driver
+from .corrections import Correction
+from .driver import TOLD, Alone, Apart, Driver, Serving
 from .engine import Call, Engine, Metrics
 from .errors import InputError, first_line
-from .feed import Source, begin, feed, read
+from .feed import Source, begin, deal, feed, read
+from .grid import Grid
 from .layers import Layers, materialise
 from .link import Link
 from .loss import Loss
@@ -34,14 +39,16 @@ from .microbatch import split
 from .nest import Nest
 from .partition import Balance, LayerCost, Partition, check_model, count, partition
 from .random_state import RandomState
-from .report import Progress, Report, StageStatistics
+from .replicas import Replicas
+from .replicas.replicas import Meeting
+from .report import Progress, Report, ShardStatistics, StageStatistics
 from .rules import Delayed, Exact, Rule
 from .schedule import SCHEDULES
 from .settings import OptimizerFactory, SchedulerFactory, Settings
 from .stage import Stage
 from .timeline import Timeline
 from .transport import connect
-from .watch import Pulse, Watch, title
+from .watch import Pulse, Watch
 from .world import World, choose_device, meet
 
 __all__ = ["Pipeline", "Recording"]
@@ -85,9 +92,12 @@ class Pipeline:
         schedule: 'stream', which never flushes; '1f1b' or 'gpipe', which do at every mini-batch.
         rule: None is `Delayed('stash')` under 'stream' and `Exact()` under the others. A list has
             one for each stage.
+        corrections: what to do about a gradient's staleness, in order.
+        replicas: copies of the whole pipeline on mini-batches of their own, and how they share
+            their weights: `Allreduce()`, `Hogwild()`, `Downpour()`, `Elastic()` (torchrun only).
         balance: 'time' (measured on the first micro-batch), 'parameters', each stage's number of
             layers, or the name of each stage's first layer.
-        stages: None is the number of ranks, or 1 alone.
+        stages: None is the number of ranks, or 1 alone; with replicas, write it.
         slack: extra micro-batches in flight per hop, which hide slow links and add staleness: a
             number, one for each hop, or 'auto' (measured; torchrun only).
         micro_batches: how many a mini-batch is cut into.
@@ -118,6 +128,8 @@ class Pipeline:
         scheduler: SchedulerFactory | None = None,
         schedule: str = "stream",
         rule: Rule | Sequence[Rule] | None = None,
+        corrections: Sequence[Correction] = (),
+        replicas: Replicas | None = None,
         balance: Balance = "time",
         stages: int | None = None,
         slack: int | Sequence[int] | Literal["auto"] = 0,
@@ -143,12 +155,20 @@ class Pipeline:
         self.partition: Partition | None = None
         self._closed = False
         self._ended_by = ""
+        self._calls = 0
+        self._engines: list[Engine] = []
         self._links: list[Links] = []
         atexit.register(_end, weakref.ref(self))
         with self._reporting("building the pipeline", refuses=True):
             self.rank = self._world.rank if self._world else 0
-            self.stages = choose_stages(stages, self._world)
+            self._replicas = replicas
+            self._grid = lay_out(stages, replicas, self._world)
+            self.stages = self._grid.stages
+            if self._watch is not None:
+                self._watch.names = self._grid.names
             check_model(model, self.stages)
+            if replicas is not None and self._watch is not None:
+                self._grid = replicas.enrol(self._grid, self._watch, model)
             check_choices(loss_fn, optimizer, schedule, on_nonfinite)
             check_kinds(rule, slack, autocast, device, emulated_link)
             if emulated_link is not None and self._world is None:
@@ -163,6 +183,9 @@ class Pipeline:
                 rule = Exact() if self._schedule.flushes else Delayed("stash")
             self._rules = [rule] * self.stages if isinstance(rule, Rule) else [*rule]
             check_rules(self._rules, self._schedule, self.stages, slack)
+            check_corrections(corrections, self._rules, self._schedule)
+            if replicas is not None:
+                replicas.check(self._rules, self._schedule)
             self._tunes = slack == "auto"
             if self._tunes and (self._world is None or self._schedule.flushes):
                 raise ValueError(
@@ -185,8 +208,10 @@ class Pipeline:
                 autocast=autocast,
                 compile=dict(compile) if isinstance(compile, Mapping) else {} if compile else None,
                 stops_on_nonfinite=on_nonfinite == "stop",
+                corrections=tuple(corrections),
             )
-            self._links = self._connect(shared, emulated_link)
+            self._emulated_link = emulated_link
+            self._links = self._connect(shared)
             if self.stages == 1:
                 self._cut([len(model)], count(model))
             elif balance != "time":
@@ -216,7 +241,8 @@ class Pipeline:
 
         Under 'stream' it returns without draining: this stage has run its last forward and what
         the schedule puts right after it. The report covers the micro-batches whose gradient has
-        reached the first stage; the others are in the next report.
+        reached the first stage; the others are in the next report. With replicas it is of this
+        rank's own; each takes every R-th mini-batch.
 
         Args:
             log: called on the first stage, with the losses read from the device then and only then.
@@ -228,13 +254,14 @@ class Pipeline:
         """
         if log_every < 1:
             raise ValueError(f"log_every={log_every!r}: give a whole number >= 1")
-        batches = self._open(loader, pairs_only=True)
-        first = self._engines[0]
-        first.books.log, first.books.log_every = log, log_every
+        batches = self._open(loader, pairs_only=True, deals=True)
+        start = 0
+        for engine in self._engines[:1]:
+            engine.books.log, engine.books.log_every = log, log_every
+            start = engine.trained
         tune_at = TUNE_AT if self._tunes else None
-        report: Report = self._run(
-            Call.TRAIN, feed(Call.TRAIN, batches, self._micro_batches, first.trained, tune_at)
-        )
+        messages = feed(Call.TRAIN, batches, self._micro_batches, start, tune_at)
+        report: Report = self._run(Call.TRAIN, messages)
         return report
 
     def evaluate(self, loader: Iterable[Any], metrics: Metrics | None = None) -> dict[str, float]:
@@ -246,7 +273,8 @@ class Pipeline:
         if metrics and "loss" in metrics:
             raise ValueError("metrics has one named 'loss', as the loss itself is: rename it")
         batches = self._open(loader, pairs_only=True)
-        self._engines[-1].metrics = dict(metrics or {})
+        for engine in self._engines[-1:]:
+            engine.metrics = dict(metrics or {})
         messages = feed(Call.EVALUATE, batches, self._micro_batches, 0, None)
         result: dict[str, float] = self._run(Call.EVALUATE, messages)
         return result
@@ -284,7 +312,6 @@ class Pipeline:
             if self._is_unbuilt("load_state_dict()"):
                 self._model.load_state_dict(state)
                 return
-            self._run(Call.DRAIN)
             expected = self._names
             if set(state) != expected:
                 raise RuntimeError(
@@ -292,7 +319,8 @@ class Pipeline:
                     f"unknown {sorted(set(state) - expected)}"
                 )
             for engine in self._engines:
-                engine.stage.load_state_dict(state)
+                engine.incoming = state
+            self._run(Call.LOAD)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Drain, then give the parameters of the stages of this process, by the model's names."""
@@ -301,9 +329,27 @@ class Pipeline:
         return itertools.chain(*(e.stage.layers.named_parameters() for e in self._engines))
 
     def statistics(self) -> list[StageStatistics]:
-        """Drain, then give each stage's figures; the same on every rank."""
+        """Drain, then give each stage's figures, of all replicas; the same on every rank."""
         self._require_built("statistics()")
-        result: list[StageStatistics] = self._run(Call.STATISTICS)
+        return self._of_all_replicas(self._run(Call.STATISTICS))
+
+    def _of_all_replicas(self, own: list[StageStatistics]) -> list[StageStatistics]:
+        grid, watch = self._grid, self._watch
+        if grid.replicas == 1 or watch is None:
+            return own
+        key = f"statistics/{self._calls}"
+        if self.is_first:
+            watch.share(f"{key}/{grid.replica}", json.dumps([row.numbers() for row in own]))
+        return [
+            replace(StageStatistics.from_numbers(row), replica=r)
+            for r in range(grid.replicas)
+            for row in json.loads(watch.learn(f"{key}/{r}"))
+        ]
+
+    def shard_statistics(self) -> list[ShardStatistics]:
+        """Drain, then give the figures of each stage's parameter server; empty without any."""
+        self._require_built("shard_statistics()")
+        result: list[ShardStatistics] = self._run(Call.SHARDS)
         return result
 
     def reset_shares(self) -> None:
@@ -350,6 +396,8 @@ class Pipeline:
         if self._watch is not None:
             for links in self._links:
                 links.close()
+            for engine in self._engines:
+                engine.stage.peers.close()
             self._watch.close()
 
     def __enter__(self) -> Self:
@@ -370,60 +418,83 @@ class Pipeline:
 
     @property
     def is_first(self) -> bool:
-        """Whether the first stage is in this process."""
-        return self.rank == 0
+        """Whether the first stage, of its replica, is in this process: it reads the loader."""
+        return self._grid.stage == 0 and not self.is_server
 
     @property
     def is_last(self) -> bool:
-        """Whether the last stage is in this process."""
-        return self._world is None or self.rank == self.stages - 1
+        """Whether the last stage, of its replica, is in this process."""
+        last = self._world is None or self._grid.stage == self.stages - 1
+        return last and not self.is_server
+
+    @property
+    def is_server(self) -> bool:
+        """Whether this process has no stage, and serves the weights of one (`Downpour`)."""
+        return self._grid.is_server
+
+    @property
+    def replica(self) -> int:
+        """This process's replica."""
+        return self._grid.share[0]
+
+    @property
+    def replicas(self) -> int:
+        """How many copies of the pipeline there are, or seats for them."""
+        return self._grid.share[1]
 
     @property
     def depths(self) -> tuple[int, ...]:
         """Each stage's micro-batches in flight behind a forward; its staleness, once warm. 0 for a
         stage that does not wait for its gradients.
         """
-        return self._engines[0].depths if self._driver else self._depths
+        return self._engines[0].depths if self._engines else self._depths
 
     @property
     def version(self) -> int:
         """How many updates this process's first stage has made, skipped ones included."""
-        return self._engines[0].stage.version if self._driver else 0
+        return self._engines[0].stage.version if self._engines else 0
 
     # Building ----------------------------------------------------------------------------------
 
     def _start_watch(self, world: World, timeout: tuple[float, float]) -> Watch:
-        names = [title(rank, world.size, rank) for rank in range(world.size)]
+        names = Grid(world.size).names
         return Watch(world.store, str(next(_jobs)), world.rank, names, timeout, self._pulse)
 
     def _pulse(self) -> Pulse:
         driver = self._driver
+        if isinstance(driver, Serving):
+            return driver.pulse()
         if not isinstance(driver, Apart):
             return Pulse(0, False, False, "building the pipeline")
         engine = driver.engines[0]
         return Pulse(engine.progress, driver.waiting, engine.stage.version > 0, engine.doing)
 
-    def _connect(self, shares_device: bool, emulated_link: Link | None) -> list[Links]:
+    def _connect(self, shares_device: bool) -> list[Links]:
         directly = self._rules[-1].synthesizes_inputs and self.stages > 1
         if self._world is None or self._watch is None:
             return connect_locally(self.stages, directly)
-        ranks = list(range(self.stages))
-        watch, device = self._watch, self._device
+        watch, rings = self._watch, self._replicas is not None and self._replicas.connects
         return [
             connect(
-                ranks,
-                self.rank,
-                device,
+                self._grid,
+                self._device,
                 shares_device,
                 watch.bell,
                 watch.lost,
-                emulated_link,
+                self._emulated_link,
                 directly,
+                rings,
             )
         ]
 
-    def _open(self, loader: Iterable[Any], pairs_only: bool) -> Iterator[tuple[Nest, Nest]]:
-        """Read a loader's first mini-batch, on the first stage, and build the stages if need be."""
+    def _open(
+        self, loader: Iterable[Any], pairs_only: bool, deals: bool = False
+    ) -> Iterator[tuple[Nest, Nest]]:
+        """Read a loader's first mini-batch, on the first stage, and build the stages if need be.
+
+        Args:
+            deals: each replica is to have mini-batches of its own.
+        """
         self._require_open()
         with self._reporting("reading the loader's first mini-batch"), _gradients():
             if not self.is_first:
@@ -431,17 +502,17 @@ class Pipeline:
                     self._measure_and_cut(None)
                 return iter(())
             batches = read(loader, pairs_only)
+            if deals:
+                batches = deal(batches, loader, self._grid)
             first = next(batches)
             if self.partition is None:
-                self._measure_and_cut(first)
+                self._measure_and_cut(first if self.rank == 0 else None)
             return itertools.chain([first], batches)
 
     def _measure_and_cut(self, batch: tuple[Nest, Nest] | None) -> None:
         """The first rank measures on the first micro-batch; all ranks cut alike."""
         if batch is not None:
-            x, target = cast(tuple[Nest, Nest], split(batch, self._micro_batches)[0])
-            costs = measure(self._model, x, target, self._settings, self._device, self._seed)
-            result = partition(self._model, self.stages, "time", costs)
+            result = self._measure_or_agree(batch)
             if self._watch is not None:
                 self._watch.share("partition", result.to_json())
         else:
@@ -450,45 +521,107 @@ class Pipeline:
         self.partition = result
         self._build()
 
+    def _measure_or_agree(self, batch: tuple[Nest, Nest]) -> Partition:
+        """The cut of those in other jobs with whom weights are shared, or else our own."""
+        if self._replicas is None:
+            return self._measure(batch)
+        known = self._replicas.agree(None) or self._replicas.agree(self._measure(batch))
+        assert known is not None
+        return known
+
+    def _measure(self, batch: tuple[Nest, Nest]) -> Partition:
+        x, target = cast(tuple[Nest, Nest], split(batch, self._micro_batches)[0])
+        costs = measure(self._model, x, target, self._settings, self._device, self._seed)
+        return partition(self._model, self.stages, "time", costs)
+
+    def _check_agreed(self, cut: Partition) -> None:
+        """Compare the cut with that of those in other jobs with whom weights are shared.
+
+        Raises:
+            ValueError: it is another.
+        """
+        agreed = self._replicas.agree(cut) if self._replicas and self.rank == 0 else None
+        if agreed is not None and agreed.sizes != cut.sizes:
+            raise ValueError(
+                f"balance: this pipeline is cut into {cut.sizes} layers, those that it shares its "
+                f"weights with into {agreed.sizes}: write balance={list(agreed.sizes)}"
+            )
+
     def _cut(self, balance: Balance, costs: Sequence[LayerCost]) -> None:
         self.partition = partition(self._model, self.stages, balance, costs)
+        self._check_agreed(self.partition)
         self._build()
 
     def _build(self) -> None:
         assert self.partition is not None
         self._source = source = Source()
         self._names = set(self._model.state_dict())
-        mine = range(self.stages) if self._world is None else [self.rank]
+        if self._grid.is_server:
+            self._driver = self._serve_weights()
+            return
+        mine = range(self.stages) if self._world is None else [self._grid.stage]
         engines = []
         for j, links in zip(mine, self._links, strict=True):
             if j == 0:
                 links.from_upstream = source
-            engines.append(Engine(self._make_stage(j), self._schedule, self._depths, links))
+            stage = self._make_stage(j, links)
+            engines.append(Engine(stage, self._schedule, self._depths, links))
         self._engines = engines
         if self._watch is None:
             self._driver = Alone(engines, source)
         else:
             self._driver = Apart(engines[0], source, self._watch)
 
-    def _make_stage(self, index: int) -> Stage:
+    def _make_layers(self, index: int) -> Layers:
         assert self.partition is not None
         names = [cost.name for cost in self.partition.stages[index]]
         layers = [(name, self._model.get_submodule(name)) for name in names]
         for name, layer in layers:
             materialise(name, layer, self._seed, self._device)
-        random = RandomState.derive(self._seed, index, self._device) if index else None
+        return Layers(layers).to(self._device)
+
+    def _make_stage(self, index: int, links: Links) -> Stage:
+        layers, settings, peers = self._make_layers(index), self._settings, None
+        if self._replicas is not None:
+            peers = self._replicas.join(self._meeting(layers, links))
+            settings = self._replicas.settings(settings)
+        # The global state is a plain loop's. Where loaders of several replicas must draw the same
+        # order from it, layers leave it alone.
+        seat = self.replica * self.stages + index
+        lone = seat == 0 and self.replicas == 1
+        random = None if lone else RandomState.derive(self._seed, seat, self._device)
         return Stage(
             index,
             self.stages,
             self._depths[index],
-            Layers(layers).to(self._device),
+            layers,
             self._rules[index],
-            self._settings,
+            settings,
             self._device,
             random,
             self._ahead(index),
             self._seed,
+            peers,
         )
+
+    def _meeting(self, layers: Layers, links: Links) -> Meeting:
+        assert self._watch is not None
+        return Meeting(
+            self._grid,
+            layers,
+            links,
+            self._settings,
+            self._device,
+            self._watch,
+            self._emulated_link,
+        )
+
+    def _serve_weights(self) -> Serving:
+        """Serve a stage's weights in this process, which has no stage."""
+        assert self._watch is not None and self._replicas is not None
+        layers = self._make_layers(self._grid.stage)
+        server = self._replicas.serve(self._meeting(layers, Links()))
+        return Serving(server, self._watch)
 
     def _ahead(self, index: int) -> int | None:
         """Micro-batches sent on at most of which nothing has come back yet, where a stage does not
@@ -508,7 +641,7 @@ class Pipeline:
         assert driver is not None
         if call is not Call.CLOSE:
             self._require_open()
-        with self._reporting(lambda: driver.engines[0].doing), _gradients():
+        with self._reporting(lambda: driver.doing), _gradients():
             try:
                 result = driver.run(call, messages or begin(call))
             except BaseException as error:
@@ -516,7 +649,14 @@ class Pipeline:
                 self._ended_by = f"{type(error).__name__}: {first_line(error)}"
                 raise
             self._source.finish()
+            self._tell_servers(call, result)
             return result
+
+    def _tell_servers(self, call: Call, result: Any) -> None:
+        self._calls += 1
+        if self._grid.servers and self.rank == 0 and call in TOLD and self._watch is not None:
+            write, _ = TOLD[call]
+            self._watch.share(f"result/{self._calls}", json.dumps(write(result)))
 
     def _require_open(self) -> None:
         if self._closed:

@@ -10,7 +10,16 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-__all__ = ["Books", "Figures", "Progress", "Report", "Row", "StageStatistics", "known"]
+__all__ = [
+    "Books",
+    "Figures",
+    "Progress",
+    "Report",
+    "Row",
+    "ShardStatistics",
+    "StageStatistics",
+    "known",
+]
 
 
 @dataclass(frozen=True)
@@ -114,6 +123,7 @@ class StageStatistics:
         lag: of a stage that waits for no gradient: how many of those that its synthesizer learned
             from came how late, in its updates since that micro-batch's forward.
         synthesizer_loss, cosine, local_loss: of its rule (`Figures`), None where it has none.
+        replica: whose stage it is.
     """
 
     stage: int
@@ -130,6 +140,7 @@ class StageStatistics:
     synthesizer_loss: float | None = None
     cosine: float | None = None
     local_loss: float | None = None
+    replica: int = 0
 
     def numbers(self) -> list[float]:
         """Write it as numbers, for a tensor."""
@@ -169,19 +180,55 @@ class StageStatistics:
     @property
     def lag_mean(self) -> float | None:
         """The mean lag; None where nothing came that could be late."""
-        total = sum(self.lag.values())
-        return sum(s * c for s, c in self.lag.items()) / total if total else None
+        return _mean(self.lag) if self.lag else None
 
     @property
     def staleness_mean(self) -> float:
         """The mean staleness over all gradients applied."""
-        total = sum(self.staleness.values())
-        return sum(s * c for s, c in self.staleness.items()) / total if total else 0.0
+        return _mean(self.staleness)
 
     @property
     def staleness_max(self) -> int:
         """The largest staleness of a gradient applied."""
         return max(self.staleness, default=0)
+
+
+@dataclass(frozen=True)
+class ShardStatistics:
+    """A stage's parameter server since it began.
+
+    Args:
+        updates: of its weights.
+        learning_rate: its first parameter group's; None where it has no optimizer.
+        staleness: how many micro-batches' gradients were applied at each staleness, in its updates
+            since their forward.
+        pushed: gradients that came from each replica.
+    """
+
+    stage: int
+    updates: int
+    learning_rate: float | None
+    staleness: dict[int, int]
+    pushed: dict[int, int]
+
+    def numbers(self) -> list[float]:
+        """Write it as numbers, for a header."""
+        rate = math.nan if self.learning_rate is None else self.learning_rate
+        head = (self.stage, self.updates, rate, len(self.staleness))
+        return [*head, *_pairs(self.staleness), *_pairs(self.pushed)]
+
+    @classmethod
+    def from_numbers(cls, n: Sequence[float]) -> "ShardStatistics":
+        """Read what `numbers` wrote."""
+        stage, updates, rate, bins, *pairs = n
+        split = 2 * int(bins)
+        staleness, pushed = _read_pairs(pairs[:split]), _read_pairs(pairs[split:])
+        return cls(int(stage), int(updates), known(rate), staleness, pushed)
+
+    @property
+    def staleness_mean(self) -> float:
+        """The mean staleness over all gradients applied."""
+        return _mean(self.staleness)
 
 
 @dataclass(frozen=True)
@@ -225,6 +272,12 @@ class Row:
 def known(value: float) -> float | None:
     """A number, or None for the NaN that stands for none."""
     return None if math.isnan(value) else value
+
+
+def _mean(counts: Mapping[int, int]) -> float:
+    """Of a histogram; 0 for an empty one."""
+    total = sum(counts.values())
+    return sum(value * count for value, count in counts.items()) / total if total else 0.0
 
 
 def _pairs(counts: Mapping[int, int]) -> list[int]:

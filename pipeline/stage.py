@@ -14,13 +14,22 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from .corrections import correct
 from .gradient import Gradient, all_finite
 from .layers import Layers, Places
 from .loss import call_loss, check_loss
 from .nest import Nest, is_differentiable, leaves, map_tensors
 from .random_state import RandomState
+from .replicas.peers import Peers
 from .rules import Rule
-from .settings import Settings, autocasting, compile_layers, make_optimizers, make_schedulers
+from .settings import (
+    Settings,
+    autocasting,
+    compile_layers,
+    make_optimizers,
+    make_schedulers,
+    multiplied,
+)
 from .versions import Version
 
 __all__ = ["Flight", "Stage"]
@@ -34,7 +43,7 @@ class Flight:
     gradients, until what came back for it has been learned from.
 
     Args:
-        version: of the weights that its forward ran with.
+        version: of the weights that its forward ran with, as `Stage.timestamp` counts.
         source: the network's own input, where `x` was guessed from it.
         guess: the gradients that the rule guessed for its output.
     """
@@ -69,6 +78,7 @@ class Stage:
         rule: copied, for a rule may keep state.
         random: its random state; None is the global one, as a plain loop would use.
         seed: of whatever else the rule draws.
+        peers: the same stage of other replicas; None: there are none.
     """
 
     def __init__(
@@ -83,7 +93,9 @@ class Stage:
         random: RandomState | None,
         ahead: int | None = None,
         seed: int = 0,
+        peers: Peers | None = None,
     ) -> None:
+        self.peers = peers or Peers()
         self.index, self.count, self.depth = index, count, depth
         self.ahead, self.seed = ahead, seed
         self.layers, self.settings, self.device = layers, settings, device
@@ -117,6 +129,11 @@ class Stage:
     # The way of a micro-batch ------------------------------------------------------------------
 
     @property
+    def timestamp(self) -> int:
+        """The version of its weights, counted in the updates of all who move them."""
+        return self.peers.timestamp(self)
+
+    @property
     def guesses(self) -> bool:
         """Whether it goes back with a guess: it is not the last stage, and does not wait."""
         return self.ahead is not None and not self.is_last
@@ -141,7 +158,7 @@ class Stage:
         if weights is not None:
             weights.users += 1
         kept = target if self.is_last or self.guesses else None
-        flight = Flight(index, samples, self.version, x, kept, weights, source)
+        flight = Flight(index, samples, self.timestamp, x, kept, weights, source)
         self.flights[index] = flight
         self.most_in_flight = max(self.most_in_flight, len(self.flights))
         with self._random.in_force() if self._random else nullcontext():
@@ -189,8 +206,16 @@ class Stage:
         taken = {name: _take_gradient(weight) for name, weight in weights.items()}
         means = {name: gradient for name, gradient in taken.items() if gradient is not None}
         flight.finite = all_finite([*means.values(), *loss])
-        self.gradient.add(means, flight.samples, flight.version, flight.finite)
+        self._add(means, flight)
         return [_take_gradient(tensor) for tensor in leaves(flight.x)]
+
+    def _add(self, means: dict[str, Tensor], flight: Flight) -> None:
+        factor = 1.0
+        if self.settings.corrections and flight.finite:
+            then = flight.weights.leaves if flight.weights else self.trainable
+            age = [self.timestamp - flight.version]
+            factor = correct(self.settings.corrections, means, age, self.trainable, then)
+        self.gradient.add(means, flight.samples, [flight.version], flight.finite, factor)
 
     def release(self, flight: Flight) -> None:
         """Let go of a micro-batch whose backward is done, but for what is still to be learned."""
@@ -212,8 +237,8 @@ class Stage:
         flight = self.awaiting_gradient.popleft()
         if all(gradient is None for gradient in gradients):
             return True
-        self.latest_lag = self.version - flight.version
-        self.lag[self.version - flight.version] += 1
+        self.latest_lag = self.timestamp - flight.version
+        self.lag[self.timestamp - flight.version] += 1
         return self.rule.arrive(self, flight, gradients)
 
     def learn_input(self, x: Nest) -> bool:
@@ -308,20 +333,26 @@ class Stage:
             finite: whether the gradients of all stages that must agree are finite.
         """
         done, self.gradient = self.gradient, Gradient()
-        stale = [self.version - version for version in done.versions]
+        now = self.timestamp
+        stale = [now - version for version in done.versions]
         self.staleness.update(stale)
         self.latest_staleness = sum(stale) / len(stale) if stale else 0.0
         self.rule.before_update(self)
         if not finite or not done.finite:
             self.skipped += 1
-        elif stale:  # the rule let at least one micro-batch move the weights
+        elif done.samples:  # the rule let at least one micro-batch move the weights
             self._clip(norm)
-            for optimizer in self.optimizers:
-                optimizer.step()
+            self.peers.move(self, done)
         for weight in self.owned.values():
             weight.grad = None
         self._step_schedulers()
         self.version += 1
+
+    def step(self, factor: float = 1.0) -> None:
+        """Let the optimizers move the weights, with `factor` times their learning rates."""
+        with multiplied(self.optimizers, factor):
+            for optimizer in self.optimizers:
+                optimizer.step()
 
     def _step_schedulers(self) -> None:
         if self.version:

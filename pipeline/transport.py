@@ -24,6 +24,7 @@ from .bell import Bell
 from .carrier import Carrier, HostStaged, Nccl
 from .channel import Inbox, Links, Outbox
 from .emulated_link import EmulatedLink
+from .grid import Grid
 from .link import Link
 from .message import Kind, Message, TensorSpec, complete, decode, encode, frame_bytes
 from .same_host import meet_receiver, meet_sender
@@ -44,61 +45,71 @@ Lost = Callable[[Exception], None]
 
 
 def connect(
-    ranks: list[int],
-    rank: int,
+    grid: Grid,
     device: torch.device,
     shared_device: bool,
     bell: Bell,
     on_lost: Callable[[int, Exception], None],
     emulated_link: Link | None = None,
     directly: bool = False,
+    rings: bool = False,
 ) -> Links:
     """Connect this process's stage with its neighbours: one 2-rank group per direction and pair.
 
-    Every process calls it, with the same ranks; groups are made in the same order everywhere and
+    Every process calls it, with the same grid; groups are made in the same order everywhere and
     warmed up once. Processes of one host use theirs to find that out only, and end it: its thread
     would wake a hundred times a second.
 
     Args:
-        ranks: the global rank of each stage, in order.
-        rank: this process's global rank, in ranks.
+        grid: who is who; a server has no neighbours.
         device: where this stage's tensors live.
         shared_device: several stages use one device, which nccl cannot do.
         bell: rung whenever a message arrives, to wake whoever waits.
         on_lost: called, maybe from a thread, with a neighbour's rank when the link to it breaks.
         emulated_link: what every message is held back for, as if the link were this slow.
         directly: connect the first stage with every other, too.
+        rings: connect the same stage of all replicas in a ring, too.
     """
     links = Links()
-    pairs = [
-        (above, below, downward) for above, below in pairwise(ranks) for downward in (True, False)
-    ]
-    hops = [(a, b, "down") if downward else (b, a, "up") for a, b, downward in pairs]
-    hops += [(ranks[0], other, "straight") for other in ranks[1:] if directly]
-    for source, target, way in hops:
-        group = dist.new_group(sorted([source, target]), timeout=FOREVER, backend="gloo")
+    for source, target, way in _hops(grid, directly, rings):
         pair = sorted([source, target])
+        group = dist.new_group(pair, timeout=FOREVER, backend="gloo")
         carrier = _choose_carrier(device, shared_device, pair, group)
-        if rank == source:
+        if grid.rank == source:
             work = Work.SEND_UP if way == "up" else Work.SEND_DOWN
             outbox = _open_outbox(carrier, target, links.recorder, work, on_lost)
             if emulated_link is not None:
                 outbox = EmulatedLink(outbox, emulated_link, partial(on_lost, target))
             if way == "straight":
                 links.to_others.append(outbox)
-            elif way == "down":
-                links.to_downstream = outbox
             else:
-                links.to_upstream = outbox
-        elif rank == target:
-            inbox = _open_inbox(carrier, source, bell, on_lost)
-            if way == "straight":
-                links.from_first = inbox
-            elif way == "down":
-                links.from_upstream = inbox
-            else:
-                links.from_downstream = inbox
+                setattr(links, _OUTBOXES[way], outbox)
+        elif grid.rank == target:
+            setattr(links, _INBOXES[way], _open_inbox(carrier, source, bell, on_lost))
     return links
+
+
+_OUTBOXES = {"down": "to_downstream", "up": "to_upstream", "around": "to_next"}
+_INBOXES = {
+    "down": "from_upstream",
+    "up": "from_downstream",
+    "around": "from_previous",
+    "straight": "from_first",
+}
+
+
+def _hops(grid: Grid, directly: bool, rings: bool) -> list[tuple[int, int, str]]:
+    """Source, target and way of every channel of a job."""
+    hops = []
+    for ranks in grid.pipelines:
+        for above, below in pairwise(ranks):
+            hops += [(above, below, "down"), (below, above, "up")]
+        hops += [(ranks[0], other, "straight") for other in ranks[1:] if directly]
+    if rings and grid.replicas > 1:
+        following = [*grid.pipelines[1:], grid.pipelines[0]]
+        for own, others in zip(grid.pipelines, following, strict=True):
+            hops += [(rank, other, "around") for rank, other in zip(own, others, strict=True)]
+    return hops
 
 
 def _open_outbox(

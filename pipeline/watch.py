@@ -28,7 +28,7 @@ from .bell import Bell
 from .errors import InputError, first_line
 from .layers import layer_at_fault
 
-__all__ = ["Failure", "Pulse", "Watch", "is_reported", "title"]
+__all__ = ["Failure", "Pulse", "Watch", "is_reported"]
 
 GRACE = 3.0
 """Seconds between a failure and the end of a rank whose main thread does not see it."""
@@ -63,11 +63,6 @@ class Pulse:
     doing: str
 
 
-def title(stage: int, stages: int, rank: int) -> str:
-    """Name a stage and its rank, for messages."""
-    return f"stage {stage} of {stages} (rank {rank})"
-
-
 class Watch:
     """This rank's look-out.
 
@@ -92,7 +87,8 @@ class Watch:
         self.failure: Failure | None = None
         mine = store.clone()  # type: ignore[attr-defined]
         self._store = PrefixStore(f"headrace/{job}", mine)
-        self._rank, self._names, self._timeout, self._pulse = rank, names, timeout, pulse
+        self._rank, self._timeout, self._pulse = rank, timeout, pulse
+        self.names = names
         self._interval = min(0.5, min(timeout) / 5)
         self._lock = threading.RLock()
         self._closed = threading.Event()
@@ -146,7 +142,7 @@ class Watch:
         if isinstance(error, SystemExit | KeyboardInterrupt) or is_reported(error):
             return
         error.headrace_reported = True  # type: ignore[attr-defined]
-        name = self._names[self._rank]
+        name = self.names[self._rank]
         if isinstance(error, InputError):
             self.fail(str(error), code=2)
             return
@@ -160,7 +156,7 @@ class Watch:
 
     def end_by(self, error: BaseException, doing: str) -> None:
         """Report that the user's code ended this rank in the middle of a call."""
-        self.fail(f"{self._names[self._rank]} ended in {doing}, by {error!r}", code=1)
+        self.fail(f"{self.names[self._rank]} ended in {doing}, by {error!r}", code=1)
 
     def refuse(self, error: Exception) -> None:
         """Report an argument that cannot work: one line, and exit code 2."""
@@ -207,13 +203,13 @@ class Watch:
     def lost(self, rank: int, error: Exception) -> None:
         """The link to a neighbour broke: backends raise RuntimeErrors; others are our own."""
         if not isinstance(error, RuntimeError):
-            self.fail_by(error, f"the link to {self._names[rank]}")
+            self.fail_by(error, f"the link to {self.names[rank]}")
         elif not self._closed.is_set():
             try:
                 self._store.check(["failure"])
             except dist.DistError as error:
                 self._mourn(error)
-            self.fail(f"{self._names[rank]} is gone: its connection was closed", code=1)
+            self.fail(f"{self.names[rank]} is gone: its connection was closed", code=1)
 
     def _note(self, failure: Failure) -> None:
         self._failed_at = time.monotonic()
@@ -230,8 +226,8 @@ class Watch:
     # Beats -------------------------------------------------------------------------------------
 
     def _beat(self) -> None:
-        seen = _Seen(len(self._names))
-        keys = [f"beat/{rank}" for rank in range(len(self._names))]
+        seen = _Seen(len(self.names))
+        keys = [f"beat/{rank}" for rank in range(len(self.names))]
         count = 0
         while not self._closed.is_set():
             count += 1
@@ -242,7 +238,7 @@ class Watch:
                 elif self._store.check(keys):
                     beats = [json.loads(bytes(b)) for b in self._store.multi_get(keys)]
                     limit = self._timeout[pulse.trained]
-                    trouble = seen.trouble(beats, limit, self._names) or self._find_dead(beats)
+                    trouble = seen.trouble(beats, limit, self.names) or self._find_dead(beats)
                     if trouble:
                         self.fail(trouble, code=1)
             except dist.DistError as error:
@@ -264,7 +260,7 @@ class Watch:
             if count != CLOSED and sees and sees == self._sees and not _runs(process):
                 last = json.loads(bytes(self._store.get(f"beat/{rank}")))
                 if last[0] != CLOSED:
-                    return f"{self._names[rank]} is gone: its process ({process}) has ended"
+                    return f"{self.names[rank]} is gone: its process ({process}) has ended"
         return None
 
     def _mourn(self, error: Exception) -> None:

@@ -7,6 +7,7 @@ from .hugging_face import HuggingFace
 from .image_folder import ImageFolder
 from .mnist import MNIST
 from .source_text import SourceText
+from .sparse import SparseClassification
 
 __all__ = [
     "CIFAR10",
@@ -18,4 +19,5 @@ __all__ = [
     "HuggingFace",
     "ImageFolder",
     "SourceText",
+    "SparseClassification",
 ]

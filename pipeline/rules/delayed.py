@@ -47,6 +47,8 @@ class Current(Rule):
 class Stash(Rule):
     """Backward with the very weights of the forward: one copy for each version in flight."""
 
+    keeps_weights = True
+
     def __init__(self) -> None:
         self.versions = Versions()
 
@@ -68,6 +70,8 @@ class Replay(Rule):
 
 class Predict(Rule):
     """Forward and backward with the weights extrapolated to where the gradient will be applied."""
+
+    keeps_weights = True
 
     def __init__(self, predictor: Predictor) -> None:
         self.predictor = predictor
@@ -125,6 +129,7 @@ class Delayed(Rule):
             raise ValueError(f"predictor= has no meaning with weights={weights!r}: leave it out")
         self.policy = policies[weights]()
         self.recomputes = self.policy.recomputes
+        self.keeps_weights = self.policy.keeps_weights
 
     def check(self, schedule: "Schedule", stages: int) -> None:
         if schedule.flushes:

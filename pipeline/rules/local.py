@@ -109,7 +109,7 @@ class Local(Rule):
         self._loss.add(value)
         means = {n: p.grad for n, p in self._head.named_parameters() if p.grad is not None}
         self._head.zero_grad()
-        self._gradient.add(means, flight.samples, flight.version, math.isfinite(value))
+        self._gradient.add(means, flight.samples, [flight.version], math.isfinite(value))
         return [h.grad if outputs[0].requires_grad else None]
 
     def _build(self, stage: "Stage", h: Tensor) -> nn.Module:

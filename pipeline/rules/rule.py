@@ -21,6 +21,9 @@ class Rule:
     recomputes = False
     """Keep a micro-batch's input only, and run its forward again when its gradient is there."""
 
+    keeps_weights = False
+    """Keep the weights that a micro-batch's forward ran with until its backward."""
+
     ahead: int | None = None
     """Micro-batches sent on at most of which nothing has come back yet, for a stage that does not
     wait for gradients but has a `guess`; None: it waits for each."""

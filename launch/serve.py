@@ -1,0 +1,91 @@
+"""Serve the weights of replicas that are jobs of their own: `pipeline.replicas` with an address.
+
+torchrun --nproc-per-node STAGES -m headrace.launch.serve --config FILE [--dotted.key VALUE ...]
+
+Each replica is then `torchrun --nproc-per-node STAGES -m headrace.launch.train --config FILE`, with
+the same configuration; it may come late, and one that dies does not end the others.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from types import FrameType
+
+import torch
+
+from headrace.pipeline.errors import InputError
+from headrace.pipeline.replicas.downpour import Served
+from headrace.pipeline.replicas.serving import serve
+
+from .assemble import (
+    make_corrections,
+    make_loader,
+    make_model,
+    make_replicas,
+    make_scheduler,
+    updates,
+    uses_total,
+)
+from .components import build
+from .config import Config, parse
+from .display import bars
+from .ranks import rank, refuse
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse the command line and serve; ends the process with 2 where that cannot be done."""
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        config = parse(sys.argv[1:] if arguments is None else arguments)
+        torch.set_num_threads(config.threads or 1)
+        _serve(config)
+    except (ValueError, TypeError, InputError) as error:
+        if getattr(error, "headrace_reported", False):
+            sys.stdout.flush()
+            os._exit(2)  # the backend's threads may still wait, so Python must not end by itself
+        refuse(str(error))
+
+
+def _serve(config: Config) -> None:
+    replicas = make_replicas(config.pipeline)
+    if not isinstance(replicas, Served) or replicas.address is None or config.stages is None:
+        raise ValueError(
+            "launch.serve is for `stages`, and `pipeline.replicas` downpour or elastic with a "
+            "`count` and an `address`, as in address: 127.0.0.1:29600"
+        )
+    statistics = serve(
+        make_model(config),
+        build("optimizer", config.optimizer),
+        replicas,
+        stages=config.stages,
+        scheduler=make_scheduler(config.scheduler, _updates(config)),
+        corrections=make_corrections(config.pipeline),
+        seed=config.seed,
+        timeout=config.pipeline.timeout,
+        log=lambda line: print(line, flush=True),
+    )
+    sys.stdout.write(
+        f"server of stage {statistics.stage}: {statistics.updates:,} updates, staleness "
+        f"{statistics.staleness_mean:.2f} {bars(statistics.staleness)}, gradients by replica "
+        f"{dict(sorted(statistics.pushed.items()))}\n"
+    )
+    sys.stdout.flush()
+
+
+def _updates(config: Config) -> int | None:
+    if not uses_total(config.scheduler):
+        return None
+    return updates(config, make_loader(config, "data.train", config.data.train))
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    if rank() == 0:
+        sys.stderr.write(f"headrace: stopped by {signal.Signals(number).name}\n")
+    raise SystemExit(128 + number)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,305 @@
+"""A parameter server's shard at work: a thread that hears the replicas and answers them.
+
+All connections' messages come to one queue, and one thread takes them in turn: the shard needs no
+lock, and what it did is the order in which they came.
+"""
+
+import os
+import socket
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor
+
+from ..channel import Outbox
+from ..emulated_link import EmulatedLink
+from ..link import Link
+from ..message import Kind, Message
+from ..report import ShardStatistics
+from ..socket_channel import SocketInbox, SocketOutbox, greet, listen
+
+__all__ = ["Checkpoint", "Members", "Server", "Serves", "pack", "unpack"]
+
+GOODBYE = 10.0
+
+
+class Serves(Protocol):
+    """What a server asks of the weights it serves: `shard.Shard`, `elastic.Centre`."""
+
+    stage: int
+    version: int
+    latest: dict[int, float]
+
+    def enter(self, replica: int) -> None: ...
+    def leave(self, replica: int) -> None: ...
+    def take(
+        self, replica: int, tensors: dict[str, Tensor], samples: int, versions: list[int]
+    ) -> None: ...
+    def fetch(self, replica: int) -> None: ...
+    def answers(self) -> list[int]: ...
+    def give(self, replica: int) -> dict[str, Tensor]: ...
+    def snapshot(self) -> dict[str, Tensor]: ...
+    def finish(self) -> None: ...
+    def load(self, weights: Mapping[str, Tensor]) -> None: ...
+    def state_dict(self) -> dict[str, object]: ...
+    @property
+    def names(self) -> list[str]: ...
+    @property
+    def learning_rates(self) -> list[float]: ...
+    @property
+    def statistics(self) -> ShardStatistics: ...
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A shard's state on disk: whole or as it was, whenever the process dies.
+
+    Args:
+        file: written anew each time, under another name first.
+        every: updates from one to the next.
+    """
+
+    file: Path
+    every: int
+
+    def write(self, state: Mapping[str, object]) -> None:
+        """Write, and see to it that it is on the disk before it takes the old one's place."""
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = self.file.with_name(self.file.name + ".part")
+        with unfinished.open("wb") as file:
+            torch.save(dict(state), file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, self.file)
+
+
+@dataclass
+class Members:
+    """Who the replicas are, and what the server does about one that comes, rests or is lost.
+
+    Args:
+        expected: those that train from the beginning, and settle together; None: each for itself.
+        joined, left: called with the replica's number; `left` also with whether it said so.
+    """
+
+    expected: set[int] | None = None
+    joined: Callable[[int], None] = lambda replica: None
+    left: Callable[[int, bool], None] = lambda replica, said: None
+    settled: set[int] = field(default_factory=set)
+
+
+@dataclass(eq=False)
+class _Client:
+    """A replica's connection; its number is known once it has joined."""
+
+    inbox: SocketInbox
+    outbox: Outbox
+    replica: int = -1
+
+
+class Server:
+    """Serves one shard at a port, until `close`.
+
+    Args:
+        failed: called with what went wrong in here.
+        host: to listen at.
+        emulated_link: how slow answers are to be.
+    """
+
+    def __init__(
+        self,
+        shard: Serves,
+        members: Members,
+        failed: Callable[[Exception], None],
+        host: str = "127.0.0.1",
+        port: int = 0,
+        emulated_link: Link | None = None,
+        checkpoint: Checkpoint | None = None,
+    ) -> None:
+        self.shard, self.members, self._failed = shard, members, failed
+        self._link, self._checkpoint = emulated_link, checkpoint
+        self.handled = self.settlings = 0
+        self._door = listen(host, port)
+        self.port = int(self._door.getsockname()[1])
+        self._queue: SimpleQueue[tuple[_Client, Exception | None] | None] = SimpleQueue()
+        self._clients: list[_Client] = []
+        self._buffers: list[Tensor] = []
+        self._saved_at, self._saving = shard.version, threading.Thread()
+        self._thread = threading.Thread(target=self._run, name="headrace-server", daemon=True)
+        self._thread.start()
+        threading.Thread(target=self._open_door, name="headrace-door", daemon=True).start()
+
+    @property
+    def connected(self) -> int:
+        """Replicas that are there."""
+        return sum(client.replica >= 0 for client in self._clients)
+
+    def close(self) -> None:
+        """Finish what has come, write the last checkpoint, and part from all."""
+        self._door.close()
+        self._queue.put(None)
+        self._thread.join(GOODBYE)
+        if self._checkpoint is not None:
+            self._saving.join() if self._saving.ident else None
+            self._checkpoint.write(self.shard.state_dict())
+
+    # Connections -------------------------------------------------------------------------------
+
+    def _open_door(self) -> None:
+        while True:
+            try:
+                end, _ = self._door.accept()
+            except OSError:  # closed
+                return
+            threading.Thread(target=self._welcome, args=[end], daemon=True).start()
+
+    def _welcome(self, end: socket.socket) -> None:
+        if not greet(end):
+            return
+        # Both call back from threads; who it is from is known by then.
+        found: list[_Client] = []
+        lost = lambda error: self._queue.put((found[0], error))  # noqa: E731
+        outbox: Outbox = SocketOutbox(end, lost)
+        if self._link is not None:
+            outbox = EmulatedLink(outbox, self._link, lost)
+        inbox = SocketInbox(end, lambda: self._queue.put((found[0], None)), lost)
+        found.append(_Client(inbox, outbox))
+        inbox.start()
+
+    # The shard's thread ------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while (item := self._queue.get()) is not None:
+                client, error = item
+                if error is not None:
+                    self._part(client, said=False)
+                elif (message := client.inbox.poll()) is not None:
+                    self.handled += 1
+                    self._handle(client, message)
+                self._answer()
+                self._save_if_due()
+            for client in self._clients:
+                client.outbox.send(Message(Kind.CLOSE))
+            for client in self._clients:
+                client.outbox.leave(GOODBYE)
+        except Exception as error:
+            self._failed(error)
+
+    def _handle(self, client: _Client, message: Message) -> None:
+        shard, replica = self.shard, client.replica
+        if message.kind is Kind.JOIN:
+            client.replica = int(message.numbers[0])
+            self._clients.append(client)
+            if self.members.expected is None:
+                shard.enter(client.replica)
+            self.members.joined(client.replica)
+        elif message.kind is Kind.PUSH:
+            samples, *versions = map(int, message.numbers)
+            shard.take(replica, unpack(message.body, shard.names), samples, versions)
+        elif message.kind is Kind.FETCH:
+            shard.fetch(replica)
+        elif message.kind is Kind.SETTLE:
+            self._settle(client, cast(list[Tensor], message.body))
+        elif message.kind is Kind.LOAD:
+            shard.load(unpack(message.body, shard.names))
+        elif message.kind is Kind.ASK:
+            numbers = tuple(map(float, shard.statistics.numbers()))
+            client.outbox.send(Message(Kind.VALUE, numbers=numbers))
+        elif message.kind is Kind.CLOSE:
+            self._part(client, said=True)
+
+    def _answer(self) -> None:
+        for replica in self.shard.answers():
+            for client in self._clients:
+                if client.replica == replica:
+                    client.outbox.send(self._weights(replica, self.shard.give(replica), []))
+
+    def _weights(self, replica: int, weights: dict[str, Tensor], buffers: list[Tensor]) -> Message:
+        shard = self.shard
+        numbers = (float(shard.version), shard.latest.get(replica, 0.0), *shard.learning_rates)
+        body: Any = [[weights[name] for name in shard.names], [*buffers]]
+        return Message(Kind.WEIGHTS, numbers=numbers, body=body)
+
+    def _settle(self, client: _Client, buffers: list[Tensor]) -> None:
+        members = self.members
+        if members.expected is None:
+            weights = self.shard.snapshot()
+            client.outbox.send(self._weights(client.replica, weights, buffers))
+            return
+        if client.replica == min(members.expected):
+            self._buffers = buffers  # statistics of normalisation: the first replica's are kept
+        members.settled.add(client.replica)
+        self.shard.leave(client.replica)
+        self._settle_all_if_due()
+
+    def _settle_all_if_due(self) -> None:
+        members = self.members
+        if members.expected is None or not members.settled >= members.expected:
+            return
+        self.shard.finish()
+        weights = self.shard.snapshot()
+        for each in self._clients:
+            self.shard.enter(each.replica)
+            each.outbox.send(self._weights(each.replica, weights, self._buffers))
+        members.settled.clear()
+        self.settlings += 1
+
+    def _part(self, client: _Client, said: bool) -> None:
+        if client not in self._clients:
+            return
+        self._clients.remove(client)
+        self.shard.leave(client.replica)
+        if said:
+            client.outbox.send(Message(Kind.CLOSE))
+        self.members.left(client.replica, said)
+
+    def _save_if_due(self) -> None:
+        due = self._checkpoint is not None
+        if due and self.shard.version - self._saved_at >= cast(Checkpoint, self._checkpoint).every:
+            if self._saving.ident is not None and self._saving.is_alive():
+                return  # one at a time
+            self._saved_at = self.shard.version
+            write = partial(cast(Checkpoint, self._checkpoint).write, self.shard.state_dict())
+            self._saving = threading.Thread(target=self._guarded, args=[write], daemon=True)
+            self._saving.start()
+
+    def _guarded(self, write: Callable[[], None]) -> None:
+        try:
+            write()
+        except Exception as error:
+            self._failed(error)
+
+
+def pack(tensors: Mapping[str, Tensor], names: list[str]) -> list[Any]:
+    """Tensors by name as a nest; one that is not there is None, a sparse one in three parts."""
+    return [_pack(tensors.get(name)) for name in names]
+
+
+def _pack(tensor: Tensor | None) -> Any:
+    if tensor is None or not tensor.is_sparse:
+        return tensor
+    # As it is, a row that occurs twice included: the server adds them up as we would have.
+    size = torch.tensor([*tensor.shape, tensor.is_coalesced()])
+    return [tensor._indices(), tensor._values(), size]
+
+
+def unpack(body: Any, names: list[str]) -> dict[str, Tensor]:
+    """What `pack` packed."""
+    found = {}
+    for name, item in zip(names, body, strict=True):
+        if isinstance(item, list):
+            indices, values, numbers = item
+            *size, coalesced = numbers.tolist()
+            found[name] = torch.sparse_coo_tensor(
+                indices, values, size, is_coalesced=bool(coalesced), check_invariants=False
+            )
+        elif item is not None:
+            found[name] = item
+    return found

@@ -1,0 +1,187 @@
+"""Channels over TCP between processes that may come and go: a replica and a server of weights.
+
+What goes over one is the frame and then each large tensor, as everywhere (`message`); a thread
+drives each direction. A closed connection is told once, and harms nobody else.
+"""
+
+import ctypes
+import socket
+import threading
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from queue import SimpleQueue
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from .channel import Inbox, Outbox
+from .message import Kind, Message, complete, decode, encode, frame_bytes
+from .nest import to_device
+
+__all__ = ["SocketInbox", "SocketOutbox", "dial", "greet", "listen"]
+
+RECEIVE_AHEAD = 4
+"""Messages received before they are asked for."""
+
+GREETING = b"headrace weights"
+"""What a replica says first: others who find the port are shown the door."""
+
+LONGEST_FRAME = 1 << 30
+
+Lost = Callable[[Exception], None]
+
+_CPU = torch.device("cpu")
+
+
+class SocketOutbox(threading.Thread, Outbox):
+    """Sends messages one after the other; `send` copies what is not on the CPU, and returns."""
+
+    def __init__(self, end: socket.socket, lost: Lost) -> None:
+        super().__init__(name="headrace-send", daemon=True)
+        self._socket, self._lost = end, lost
+        self._queue: SimpleQueue[tuple[Kind, bytearray, list[Tensor]]] = SimpleQueue()
+        self.start()
+
+    @property
+    def backlog(self) -> int:
+        return self._queue.qsize()
+
+    def send(self, message: Message) -> None:
+        frame, tensors = encode(message.carrying(to_device(message.body, _CPU)))
+        self._queue.put((message.kind, frame, tensors))
+
+    def leave(self, seconds: float) -> None:
+        self.join(seconds)
+
+    def run(self) -> None:
+        try:
+            kind = None
+            while kind is not Kind.CLOSE:
+                kind, frame, tensors = self._queue.get()
+                self._socket.sendall(frame)
+                for tensor in tensors:
+                    whole = tensor.contiguous()
+                    self._socket.sendall(_memory(whole))
+        except OSError as error:
+            self._lost(error)
+
+
+class SocketInbox(threading.Thread, Inbox):
+    """Receives ahead, up to a few messages.
+
+    Args:
+        arrived: called, from a thread, for every message that is there.
+        lost: called once, when the connection ends without a farewell.
+    """
+
+    def __init__(self, end: socket.socket, arrived: Callable[[], None], lost: Lost) -> None:
+        super().__init__(name="headrace-receive", daemon=True)
+        self._socket, self._arrived, self._lost = end, arrived, lost
+        self._messages: deque[Message] = deque()
+        self._room = threading.Semaphore(RECEIVE_AHEAD)
+
+    def poll(self) -> Message | None:
+        if not self._messages:
+            return None
+        self._room.release()
+        return self._messages.popleft()
+
+    def leave(self, seconds: float) -> None:
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RD)
+        self.join(seconds)
+
+    def run(self) -> None:
+        try:
+            kind = None
+            while kind is not Kind.CLOSE:
+                self._room.acquire()
+                message = self._receive()
+                kind = message.kind
+                self._messages.append(message)
+                self._arrived()
+        except (OSError, EOFError) as error:
+            self._lost(error)
+
+    def _receive(self) -> Message:
+        head = bytearray(8)
+        self._fill(memoryview(head))
+        size = frame_bytes(head)
+        if not 8 < size <= LONGEST_FRAME:
+            raise EOFError(f"a frame of {size} bytes: the other side is no Headrace")
+        frame = head + bytes(size - 8)
+        self._fill(memoryview(frame)[8:])
+        message, structure, parts = decode(frame)
+        tensors = []
+        for spec, part in parts:
+            if part is None:
+                part = torch.empty(spec.shape, dtype=spec.dtype)
+                self._fill(_memory(part))
+            tensors.append((spec, cast(Tensor, part)))
+        return complete(message, structure, tensors)
+
+    def _fill(self, memory: memoryview) -> None:
+        while memory.nbytes:
+            got = self._socket.recv_into(memory)
+            if not got:
+                raise EOFError("the connection was closed")
+            memory = memory[got:]
+
+
+def listen(host: str, port: int = 0) -> socket.socket:
+    """A door at this address; port 0 is any that is free.
+
+    Raises:
+        OSError: it cannot be had.
+    """
+    return socket.create_server((host, port), backlog=64)
+
+
+def dial(host: str, port: int, seconds: float) -> socket.socket:
+    """Knock at a server's door.
+
+    Raises:
+        OSError: nobody opens.
+    """
+    end = socket.create_connection((host, port), timeout=seconds)
+    end.settimeout(None)
+    end.sendall(GREETING)
+    return _prepared(end)
+
+
+def greet(end: socket.socket, seconds: float = 10.0) -> bool:
+    """Hear who has knocked: whether it is a replica."""
+    end.settimeout(seconds)
+    heard = b""
+    with suppress(OSError):
+        while len(heard) < len(GREETING) and (more := end.recv(len(GREETING) - len(heard))):
+            heard += more
+    end.settimeout(None)
+    if heard != GREETING:
+        end.close()
+        return False
+    _prepared(end)
+    return True
+
+
+def _prepared(end: socket.socket) -> socket.socket:
+    """Send small messages at once; and find out when the other machine is gone without a word."""
+    options: list[tuple[int, Any, int]] = [
+        (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
+        (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    ]
+    for name, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3)):
+        if hasattr(socket, name):
+            options.append((socket.IPPROTO_TCP, getattr(socket, name), value))
+    for level, option, value in options:
+        end.setsockopt(level, option, value)
+    return end
+
+
+def _memory(tensor: Tensor) -> memoryview:
+    """A contiguous tensor's bytes."""
+    size = tensor.numel() * tensor.element_size()
+    array = (ctypes.c_char * size).from_address(tensor.data_ptr())
+    return memoryview(array).cast("B")
