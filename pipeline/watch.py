@@ -144,6 +144,8 @@ class Watch:
         error.headrace_reported = True  # type: ignore[attr-defined]
         name = self.names[self._rank]
         if isinstance(error, InputError):
+            if "killed by signal" in str(error.__cause__):
+                self._await_same_signal()
             self.fail(str(error), code=2)
             return
         layer = layer_at_fault(error)
@@ -153,6 +155,13 @@ class Watch:
             return
         text = f"{name} failed: {type(error).__name__} in {where}: {first_line(error)}"
         self.fail(text, code=1, details="".join(traceback.format_exception(error)))
+
+    def _await_same_signal(self) -> None:
+        """A DataLoader tells of workers that were killed: what killed them may be for us, too."""
+        end = time.monotonic() + EVIDENCE
+        while self.failure is None and time.monotonic() < end:
+            time.sleep(0.02)  # our own handler, if it is called, raises from here
+        self.check()
 
     def end_by(self, error: BaseException, doing: str) -> None:
         """Report that the user's code ended this rank in the middle of a call."""

@@ -1,5 +1,7 @@
 """Learning rates that are multiplied for one block only."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -13,7 +15,7 @@ def weights() -> list[nn.Parameter]:
 
 def optimizers() -> list[torch.optim.Optimizer]:
     a, b, c = weights()
-    groups = [{"params": [a]}, {"params": [b], "lr": 0.5}]
+    groups: list[dict[str, Any]] = [{"params": [a]}, {"params": [b], "lr": 0.5}]
     return [torch.optim.SGD(groups, lr=0.25), torch.optim.Adam([c], lr=0.125)]
 
 
