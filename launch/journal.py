@@ -130,9 +130,8 @@ class Journal:
         }
         self._files.log("servers", self._samples, values)
         for shard in shards:
-            self._files.histogram(
-                f"servers/staleness of stage {shard.stage}", self._samples, shard.staleness
-            )
+            counts, tag = dict(sorted(shard.staleness.items())), f"staleness of stage {shard.stage}"
+            self._files.histogram(tag, self._samples, counts)
 
     def close(self) -> None:
         """Take the progress line away and close the files, however the run ends."""

@@ -33,12 +33,10 @@ class RunFiles:
         """Append a line to metrics.jsonl, and the numbers in it to TensorBoard.
 
         Args:
-            event: what the line is about: "progress", "epoch" or "test".
+            event: what the line is about: "progress", "epoch", "test" or "servers".
             step: how many samples had been trained on.
         """
-        line = {"event": event, "step": step, **values}
-        self._metrics.write(json.dumps(_finite(line)) + "\n")
-        self._metrics.flush()
+        self._write(event, step, values)
         if self._board is not None:
             for name, value in values.items():
                 numbers = value if isinstance(value, list | tuple) else [value]
@@ -47,13 +45,19 @@ class RunFiles:
                     if number is not None:
                         self._board.add_scalar(tag, number, step)
 
+    def _write(self, event: str, step: int, values: Mapping[str, Any]) -> None:
+        line = {"event": event, "step": step, **values}
+        self._metrics.write(json.dumps(_finite(line)) + "\n")
+        self._metrics.flush()
+
     def histogram(self, tag: str, step: int, counts: Mapping[int, int]) -> None:
-        """Show TensorBoard how often each value came."""
+        """Write how often each value came, as a line of metrics.jsonl and for TensorBoard."""
+        self._write("histogram", step, {"name": tag, "counts": counts})
         if self._board is None or not counts:
             return
         values, many = zip(*sorted(counts.items()), strict=True)
         self._board.add_histogram_raw(
-            tag,
+            f"servers/{tag}",
             min=values[0],
             max=values[-1],
             num=sum(many),

@@ -68,6 +68,11 @@ def parse_command(arguments: Sequence[str]) -> tuple[Config, Options]:
     if own.out is not None and own.out.exists() and not own.out.is_dir():
         raise ValueError(f"--out {own.out}: there is a file of that name; give a folder")
     config = parse(rest)
+    if config.pipeline.replicas is not None:
+        raise ValueError(
+            "throughput measures one pipeline: write --pipeline.replicas null; "
+            "headrace.launch.studies.scaling measures replicas"
+        )
     check_stages(config.stages)
     keys = dict(read_overrides(rest))
     file = keys.pop("config", None)

@@ -34,18 +34,19 @@ class Hogwild(Replicas):
 
     def __init__(self, count: int | None = None, *, lock: bool = False) -> None:
         super().__init__(count)
-        self.lock = lock
+        self.lock, self._tears = lock, False
 
     def check(self, rules: Sequence[Rule], schedule: Schedule) -> None:
-        if any(rule.keeps_weights for rule in rules) and not schedule.flushes:
-            warnings.warn(
-                "replicas: hogwild under a rule that copies the weights (stash, predict): the copy "
-                "is torn, made while others write; rule=Delayed('current') or 'replay' makes none",
-                stacklevel=4,
-            )
+        self._tears = any(rule.keeps_weights for rule in rules) and not schedule.flushes
 
     def join(self, meeting: Meeting) -> Peers:
         grid = meeting.grid
+        if self._tears and grid.rank == 0:
+            warnings.warn(
+                "replicas: hogwild under a rule that copies the weights (stash, predict): the copy "
+                "is torn, made while others write; rule=Delayed('current') or 'replay' makes none",
+                stacklevel=2,
+            )
         shared = SharedWeights(
             meeting.layers, grid.replica, grid.replicas, meeting.watch, f"weights/{grid.stage}"
         )

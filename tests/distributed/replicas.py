@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from headrace.models import sparse_logistic
-from headrace.pipeline import Pipeline
+from headrace.models import EmulatedLayer, sparse_logistic
+from headrace.pipeline import Link, Pipeline
 from headrace.pipeline.corrections import LearningRate
 from headrace.pipeline.message import Kind, Message
 from headrace.pipeline.replicas import Allreduce, Downpour, Elastic, Hogwild, Replicas
@@ -260,6 +261,128 @@ def account_of_pushes(stages: int, optimizer_rate: float = 0.05) -> dict[str, An
         weights, shards = pipe.state_dict(), pipe.shard_statistics()
     sums.pop("watch", None)
     return {"sums": sums, "weights": weights, "shards": shards, "first": first}
+
+
+class Device(nn.Module):
+    """Takes 20 ms, forward and backward together, and next to no processor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = EmulatedLayer(7, 13, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.layer(x)
+        return result
+
+
+def over_a_slow_link(prefetch: int) -> tuple[float, dict[int, int]]:
+    """Train on a server 25 ms away; the share of its time that a replica waited, and staleness."""
+    loader = [(torch.randn(2, 4), torch.randn(2, 4))] * 60
+    with Pipeline(
+        nn.Sequential(Device()),
+        nn.MSELoss(),
+        sgd,
+        stages=1,
+        replicas=Downpour(beside=True, prefetch=prefetch),
+        rule=Delayed("current"),
+        balance="parameters",
+        emulated_link=Link(0.025),
+        timeout=(30.0, 30.0),
+    ) as pipe:
+        pipe.train(loader)
+        pipe.reset_shares()
+        pipe.train(loader)
+        row = pipe.statistics()[pipe.replica]
+        (shard,) = pipe.shard_statistics()
+    return row.waiting, shard.staleness
+
+
+def hogwild_of_one(stages: int, rule: str, replicas: bool) -> dict[str, Tensor]:
+    """A dense pipeline, whose only replica has its weights in shared memory; or without."""
+    torch.manual_seed(3)
+    with Pipeline(
+        normed(),
+        nn.MSELoss(),
+        sgd,
+        stages=stages,
+        replicas=Hogwild() if replicas else None,
+        rule=Delayed(rule),
+        balance=SIZES[stages],
+        timeout=(30.0, 30.0),
+    ) as pipe:
+        loader = [(x, y[:, :3]) for x, y in batches_of(66, 4)]
+        for _ in range(2):
+            pipe.train(loader)
+        return pipe.state_dict()
+
+
+def elastic_of_one(every: int, alpha: float) -> dict[str, Tensor]:
+    """One replica and a centre, which waits for every exchange."""
+    with Pipeline(
+        tanh_net(),
+        nn.MSELoss(),
+        sgd,
+        stages=1,
+        replicas=Elastic(1, every=every, alpha=alpha, prefetch=0, beside=True),
+        balance="parameters",
+        timeout=(30.0, 30.0),
+    ) as pipe:
+        pipe.train(batches_of(60, 4))
+        return pipe.state_dict()
+
+
+def in_hard_sync(schedule: str) -> dict[str, Tensor]:
+    """Downpour whose replicas wait for each other at every update."""
+    with Pipeline(
+        tanh_net(),
+        nn.MSELoss(),
+        momentum,
+        stages=2,
+        replicas=Downpour(sync="hard", beside=True),
+        balance=SIZES[2],
+        schedule=schedule,
+        timeout=(30.0, 30.0),
+    ) as pipe:
+        for _ in range(2):
+            pipe.train(batches())
+        return pipe.state_dict()
+
+
+def sampled(distributed: bool) -> list[float]:
+    """Which samples this replica trained on, with a DistributedSampler or without."""
+    seen: list[float] = []
+
+    class Eye(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.training:
+                seen.extend(x[:, 0].tolist())
+            return x * self.weight
+
+    data = torch.arange(24.0).view(24, 1)
+    data_set = TensorDataset(data, data)
+    with Pipeline(
+        nn.Sequential(Eye()),
+        nn.MSELoss(),
+        sgd,
+        stages=1,
+        replicas=Hogwild(),
+        balance="parameters",
+        rule=Delayed("current"),
+        timeout=(30.0, 30.0),
+    ) as pipe:
+        sampler = None
+        if distributed:
+            sampler = DistributedSampler(data_set, pipe.replicas, pipe.replica)
+        generator = torch.Generator().manual_seed(1)
+        loader = DataLoader(
+            data_set, 4, shuffle=sampler is None, sampler=sampler, generator=generator
+        )
+        pipe.train(loader)
+    return seen
 
 
 # Sparse weights ------------------------------------------------------------------------------

@@ -20,10 +20,15 @@ from .replicas import (
     Account,
     account_of_pushes,
     batches,
+    elastic_of_one,
+    hogwild_of_one,
+    in_hard_sync,
     join_batches,
     lose,
+    over_a_slow_link,
     replica_job,
     run_cases,
+    sampled,
     serial,
     server_job,
     sparse_hogwild,
@@ -212,6 +217,82 @@ def test_what_was_pushed_is_what_was_applied(launcher: Launcher) -> None:
     for server in (6, 7):
         own = outcome.results[server]["weights"]
         assert_same(own, {name: weights[name] for name in own})
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "stream"])
+def test_hard_sync_is_sgd_on_the_joined_batches(launcher: Launcher, schedule: str) -> None:
+    outcome = launcher.run(in_hard_sync, 4, schedule)
+    outcome.expect(0, 0, 0, 0)
+    with Pipeline(
+        tanh_net(), nn.MSELoss(), momentum, stages=2, balance=SIZES[2], schedule=schedule
+    ) as pipe:
+        for _ in range(2):
+            pipe.train(join_batches(batches(), 2))
+        expected = pipe.state_dict()
+    assert_close(outcome.results[0], expected, 1e-10)
+
+
+def test_a_slow_link_does_not_slow_the_computation(launcher: Launcher) -> None:
+    """A round trip of 50 ms, updates of 20 ms: with three of them under way nobody waits."""
+    waits = launcher.run(over_a_slow_link, 2, 0)
+    waits.expect(0, 0)
+    goes_on = launcher.run(over_a_slow_link, 2, 3)
+    goes_on.expect(0, 0)
+    for rank in range(2):
+        assert waits.results[rank][0] > 0.5
+        assert goes_on.results[rank][0] < 0.15
+    assert sum(waits.results[0][1].values()) == sum(goes_on.results[0][1].values()) == 120
+
+
+# Elastic ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("every", [1, 4])
+def test_elastic_averaging_of_one_replica(launcher: Launcher, every: int) -> None:
+    """d = a (x - c); x <- x - d; c <- c + d; the last one when all settle."""
+    alpha = 0.3
+    outcome = launcher.run(elastic_of_one, 1, every, alpha)
+    outcome.expect(0)
+    model = tanh_net()
+    centre = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    def exchange() -> None:
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                d = alpha * (p - centre[name])
+                p -= d
+                centre[name] += d
+
+    for k, (x, y) in enumerate(batches_of(60, 4)):
+        model.zero_grad()
+        nn.functional.mse_loss(model(x), y).backward()
+        with torch.no_grad():
+            for p in model.parameters():
+                p -= 0.05 * p.grad  # type: ignore[operator]
+        if (k + 1) % every == 0:
+            exchange()
+    exchange()
+    assert_close(outcome.results[0], centre, 1e-12)
+
+
+# Hogwild and data ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", ["current", "replay"])
+@pytest.mark.parametrize("stages", [1, 2])
+def test_hogwild_of_one_replica_is_serial(launcher: Launcher, stages: int, rule: str) -> None:
+    outcome = launcher.run(hogwild_of_one, stages, stages, rule, True)
+    outcome.expect(*[0] * stages)
+    assert_same(outcome.results[0], hogwild_of_one(stages, rule, False))
+
+
+@pytest.mark.parametrize("distributed", [False, True], ids=["dealt", "DistributedSampler"])
+def test_each_sample_is_trained_on_once(launcher: Launcher, distributed: bool) -> None:
+    outcome = launcher.run(sampled, 3, distributed)
+    outcome.expect(0, 0, 0)
+    seen = outcome.results
+    assert sorted(seen[0] + seen[1] + seen[2]) == [*map(float, range(24))]
+    assert [len(each) for each in seen] == [8, 8, 8]
 
 
 # Sparse ----------------------------------------------------------------------------------------

@@ -579,7 +579,7 @@ OPTIMIZERS: dict[str, OptimizerFactory] = {
 
 
 def stateful(optimizer: OptimizerFactory) -> Shard:
-    decay = partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.9)
+    decay = partial(torch.optim.lr_scheduler.StepLR, step_size=3, gamma=0.5)
     return make(
         Protocol(gradients=2), optimizer=optimizer, scheduler=decay, start=1,
         corrections=[LearningRate("inverse")],

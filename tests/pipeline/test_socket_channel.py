@@ -240,6 +240,22 @@ def test_who_greets_is_let_in(door: socket.socket) -> None:
         end.socket.close()
 
 
+class Trickle(socket.socket):
+    """What it receives comes three bytes at a time."""
+
+    def recv(self, size: int, flags: int = 0) -> bytes:
+        return super().recv(min(size, 3), flags)
+
+
+def test_a_greeting_may_come_in_pieces(door: socket.socket) -> None:
+    near = dial("127.0.0.1", door.getsockname()[1], PATIENCE)
+    near.sendall(b"more")
+    far, _ = door.accept()
+    with near, Trickle(fileno=far.detach()) as slow:
+        assert greet(slow, PATIENCE)
+        assert slow.recv(3) == b"mor", "nothing after it is read"
+
+
 @pytest.mark.parametrize(
     "said", [b"GET / HTTP/1.1\r\n\r\n", b"", GREETING[:-1], GREETING[:-1] + b"?"], ids=str
 )

@@ -1,0 +1,240 @@
+"""Replicas from a configuration, by the commands of the README."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from headrace.launch.assemble import make_corrections, make_pipeline, make_replicas
+from headrace.launch.config import parse
+from headrace.launch.display import bars
+from headrace.pipeline.corrections import DelayCompensation, LearningRate
+from headrace.pipeline.corrections.learning_rate import inverse_sqrt
+from headrace.pipeline.replicas import Allreduce, Downpour, Elastic, Hogwild
+
+CONFIG = """\
+stages: 2
+epochs: 2
+threads: 1
+log_every: 2
+model: {class_path: mlp, init_args: {widths: [6, 8, 8, 3]}}
+loss: CrossEntropyLoss
+optimizer: {class_path: SGD, init_args: {lr: 0.1}}
+scheduler: cosine_with_warmup
+metrics: [accuracy]
+data:
+  train: {class_path: Generated, init_args: {shape: [6], classes: 3, samples: 80}}
+  test: {class_path: Generated, init_args: {shape: [6], classes: 3, samples: 40}}
+  batch_size: 4
+pipeline:
+  balance: parameters
+  rule: {class_path: delayed, init_args: {weights: current}}
+"""
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "small.yaml").write_text(CONFIG)
+    yield tmp_path
+
+
+def start(program: str, ranks: int, *overrides: str) -> "subprocess.Popen[str]":
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    run += ["--nproc-per-node", str(ranks), "-m", f"headrace.launch.{program}"]
+    return subprocess.Popen(
+        [*run, "--config", "small.yaml", *overrides],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: "subprocess.Popen[str]", code: int = 0) -> tuple[str, str]:
+    try:
+        out, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == code, f"{out}\n{err}"
+    return out, err
+
+
+def summary(run: str = "small") -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(Path(f"runs/{run}/summary.json").read_text())
+    return found
+
+
+KINDS = {
+    "allreduce": 4,
+    "hogwild": 4,
+    "downpour": 6,
+    "elastic": 6,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_from_a_configuration(folder: Path, kind: str) -> None:
+    out, err = finish(start("train", KINDS[kind], "--pipeline.replicas", kind))
+    assert err == ""
+    assert "small  2 replicas of 2 stages" in out
+    assert out.count("test accuracy") == 1
+    found = summary()
+    rows = [(row["replica"], row["stage"]) for row in found["stages"]]
+    assert rows == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert all(row["updates"] == 20 for row in found["stages"])
+    weights = torch.load("runs/small/weights.pt", weights_only=True)
+    assert set(weights) == {f"{k}.{n}" for k in (1, 3, 5) for n in ("weight", "bias")}
+    served = kind in ("downpour", "elastic")
+    assert ("servers" in found) == served
+    if kind == "downpour":
+        assert [row["updates"] for row in found["servers"]] == [40, 40]
+        assert [row["pushed"] for row in found["servers"]] == [{"0": 20, "1": 20}] * 2
+        lines = Path("runs/small/metrics.jsonl").read_text().splitlines()
+        counts = [e for e in map(json.loads, lines) if e["event"] == "histogram"]
+        assert [e["name"] for e in counts] == ["staleness of stage 0", "staleness of stage 1"]
+        assert all(sum(e["counts"].values()) == 40 for e in counts)
+        assert re.search(r"server of stage 1 +40 updates, staleness \d", out)
+
+
+def test_servers_and_replicas_as_jobs_of_their_own(folder: Path) -> None:
+    shared = ["--pipeline.replicas", "downpour", "--pipeline.replicas.init_args.count", "2"]
+    with_port = [*shared, "--pipeline.replicas.init_args.address", f"127.0.0.1:{_free_port()}"]
+    kept = ["--pipeline.replicas.init_args.checkpoint", "kept"]
+    servers = start("serve", 2, *with_port, *kept)
+    jobs = [start("train", 2, *with_port, "--name", f"replica-{k}") for k in range(2)]
+    for job in jobs:
+        out, err = finish(job)
+        assert err == ""
+    out, err = finish(servers)
+    assert err == ""
+    assert "replica 0 has joined" in out and "replica 1 has finished" in out
+    assert out.count("40 updates, staleness") == 2
+    for stage in range(2):
+        state = torch.load(f"kept/stage-{stage}.pt", weights_only=True)
+        assert state["version"] == 40
+    for k in range(2):
+        assert summary(f"replica-{k}")["stages"][0]["updates"] == 20
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+@pytest.mark.parametrize(
+    ("program", "ranks", "overrides", "line"),
+    [
+        ("train", 3, ["--pipeline.replicas", "allreduce"], "3 ranks do not make replicas of 2"),
+        (
+            "train",
+            2,
+            [
+                "--pipeline.replicas",
+                "downpour",
+                "--pipeline.replicas.init_args.address",
+                "127.0.0.1:9",
+            ],
+            "the servers cannot be reached at 127.0.0.1:9",
+        ),
+        ("serve", 2, ["--pipeline.replicas", "hogwild"], "launch.serve is for `stages`, and"),
+        ("throughput", 4, ["--pipeline.replicas", "hogwild"], "throughput measures one pipeline"),
+    ],
+)
+def test_refused_in_one_line(
+    folder: Path, program: str, ranks: int, overrides: list[str], line: str
+) -> None:
+    if "127.0.0.1:9" in overrides:
+        pytest.skip("takes as long as the patience for servers that come later")
+    _, err = finish(start(program, ranks, *overrides), code=1)
+    ours = [each for each in err.splitlines() if each.startswith("headrace: ")]
+    assert len(ours) == 1 and line in ours[0], err
+    assert re.search(r"exitcode +: 2 ", err)
+
+
+def test_a_signal_ends_the_servers(folder: Path) -> None:
+    address = ["--pipeline.replicas.init_args.address", f"127.0.0.1:{_free_port()}"]
+    count = ["--pipeline.replicas", "downpour", "--pipeline.replicas.init_args.count", "2"]
+    servers = start("serve", 1, "--stages", "1", *count, *address)
+    assert servers.stdout is not None
+    assert servers.stdout.readline().startswith("serving 1 stages to 2 replicas at")
+    servers.send_signal(signal.SIGTERM)
+    _, err = finish(servers, code=1)
+    assert "headrace: stopped by SIGTERM" in err
+
+
+# What a configuration makes ---------------------------------------------------------------------
+
+
+def options(*overrides: str) -> Any:
+    return parse(["--config", "small.yaml", *overrides]).pipeline
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("allreduce", Allreduce),
+        ("hogwild", Hogwild),
+        ("downpour", Downpour),
+        ("elastic", Elastic),
+        ("headrace.pipeline.replicas.Downpour", Downpour),
+    ],
+)
+def test_names_of_replicas(folder: Path, name: str, kind: type) -> None:
+    assert type(make_replicas(options("--pipeline.replicas", name))) is kind
+
+
+def test_arguments_of_replicas(folder: Path) -> None:
+    arguments = "{class_path: downpour, init_args: {count: 3, sync: hard, checkpoint: x}}"
+    made = make_replicas(options("--pipeline.replicas", arguments))
+    assert isinstance(made, Downpour)
+    assert (made.count, made.sync, made.prefetch, made.checkpoint) == (3, "hard", 0, Path("x"))
+    with pytest.raises(ValueError, match=r"pipeline.replicas: n_fetch=0: give a whole number >= 1"):
+        make_replicas(
+            options("--pipeline.replicas", "{class_path: downpour, init_args: {n_fetch: 0}}")
+        )
+    with pytest.raises(ValueError, match="no 'downpur' in"):
+        options("--pipeline.replicas", "downpur")
+
+
+def test_corrections(folder: Path) -> None:
+    given = (
+        "[learning_rate, {class_path: learning_rate, init_args: {factor: inverse_sqrt}}, "
+        "{class_path: learning_rate, init_args: {factor: 0.5}}, "
+        "{class_path: learning_rate, init_args: {factor: mine.factor}}, delay_compensation]"
+    )
+    (folder / "mine.py").write_text("def factor(staleness): return 1 / (2 + staleness)\n")
+    made = make_corrections(options("--pipeline.corrections", given))
+    assert [type(each) for each in made] == [LearningRate] * 4 + [DelayCompensation]
+    factors = [each.factor(4) for each in made]
+    assert factors == [0.25, inverse_sqrt(4), 0.5, 1 / 6, 1.0]
+    one = make_corrections(options("--pipeline.corrections", "learning_rate"))
+    assert [type(each) for each in one] == [LearningRate]
+    with pytest.raises(ValueError, match=r"pipeline.corrections\[0\].factor: no 'invrse'"):
+        options(
+            "--pipeline.corrections", "[{class_path: learning_rate, init_args: {factor: invrse}}]"
+        )
+
+
+def test_alone_replicas_are_refused(folder: Path) -> None:
+    config = parse(["--config", "small.yaml", "--pipeline.replicas", "downpour"])
+    with pytest.raises(ValueError, match="torchrun --nproc-per-node 6"):
+        make_pipeline(config, torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)), 1)
+
+
+def test_a_histogram_in_a_line() -> None:
+    assert bars({0: 1, 1: 4, 3: 8}) == "(0 ▁▄ █ 3)"
+    assert bars({2: 5}) == "(2 █ 2)"
+    assert bars(dict.fromkeys(range(64), 1)) == f"(0 {'█' * 16} 63)"
+    assert bars({}) == "(none)"
