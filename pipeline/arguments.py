@@ -17,6 +17,7 @@ from .world import World
 
 __all__ = [
     "check_choices",
+    "check_compared",
     "check_corrections",
     "check_counts",
     "check_kinds",
@@ -66,10 +67,8 @@ def _lay_out_replicas(stages: int | None, replicas: Any, ranks: int | None, rank
     return replicas.lay_out(ranks, rank, stages)
 
 
-def check_corrections(
-    corrections: Sequence[Correction], rules: Sequence[Rule], schedule: Schedule
-) -> None:
-    """Refuse what is no correction, or has nothing to correct, or lacks what it needs."""
+def check_corrections(corrections: Any) -> None:
+    """Refuse what is no correction."""
     if not isinstance(corrections, Sequence) or isinstance(corrections, str):
         raise TypeError(f"corrections={corrections!r}: give a list of corrections")
     for correction in corrections:
@@ -78,6 +77,19 @@ def check_corrections(
                 f"corrections={list(corrections)!r}: give objects, as in "
                 "corrections=[LearningRate('inverse')] with from headrace.pipeline.corrections "
                 "import LearningRate"
+            )
+
+
+def check_compared(
+    corrections: Sequence[Correction], rules: Sequence[Rule], schedule: Schedule
+) -> None:
+    """Refuse corrections of the stages' own that need weights which their rules do not keep."""
+    late = [] if schedule.flushes else [rule for rule in rules[:-1] if rule.ahead is None]
+    for correction in corrections:
+        if correction.needs_weights and not all(rule.keeps_weights for rule in late):
+            raise ValueError(
+                f"corrections= has a {type(correction).__name__}, which compares with the weights "
+                "of the forward, and a rule does not keep them: write rule=Delayed(weights='stash')"
             )
 
 

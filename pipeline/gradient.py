@@ -61,8 +61,9 @@ class Gradient:
                 self.sums[name] = mean if weight == 1 else mean.mul_(weight)
             elif mean.is_sparse == held.is_sparse:
                 held.add_(mean, alpha=weight)
-            else:
-                self.sums[name] = held + mean * weight
+            else:  # torch adds a sparse one to a dense one, and not the other way round
+                dense, sparse = (held, mean * weight) if mean.is_sparse else (mean * weight, held)
+                self.sums[name] = dense + sparse
 
     @property
     def rate(self) -> float:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .arguments import (
     check_choices,
+    check_compared,
     check_corrections,
     check_counts,
     check_kinds,
@@ -183,7 +184,7 @@ class Pipeline:
                 rule = Exact() if self._schedule.flushes else Delayed("stash")
             self._rules = [rule] * self.stages if isinstance(rule, Rule) else [*rule]
             check_rules(self._rules, self._schedule, self.stages, slack)
-            check_corrections(corrections, self._rules, self._schedule)
+            check_corrections(corrections)
             if replicas is not None:
                 replicas.check(self._rules, self._schedule)
             self._tunes = slack == "auto"
@@ -210,6 +211,8 @@ class Pipeline:
                 stops_on_nonfinite=on_nonfinite == "stop",
                 corrections=tuple(corrections),
             )
+            own = replicas.settings(self._settings) if replicas else self._settings
+            check_compared(own.corrections, self._rules, self._schedule)
             self._emulated_link = emulated_link
             self._links = self._connect(shared)
             if self.stages == 1:

@@ -102,7 +102,7 @@ class SocketInbox(threading.Thread, Inbox):
                 kind = message.kind
                 self._messages.append(message)
                 self._arrived()
-        except (OSError, EOFError) as error:
+        except Exception as error:  # of a frame that is none, any
             self._lost(error)
 
     def _receive(self) -> Message:

@@ -15,7 +15,7 @@ def compensate(gradient: Tensor, now: Tensor, then: Tensor, strength: float) -> 
     g⊙g, element by element, for the Hessian (DC-ASGD-c, eq. 10).
     """
     moved = now.detach() - then.detach()
-    return torch.addcmul(gradient, gradient * gradient, moved, value=strength)
+    return torch.addcmul(gradient, gradient, gradient * moved, value=strength)
 
 
 class DelayCompensation(Correction):

@@ -1,7 +1,7 @@
 """Elastic averaging: replicas that explore, drawn to a common centre (Zhang et al. 2015)."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -140,6 +140,10 @@ class Centre:
     def give(self, replica: int) -> dict[str, Tensor]:
         """What a replica is to move by: d."""
         return self._apart.pop(replica)
+
+    def hand_out(self, replicas: Iterable[int]) -> dict[str, Tensor]:
+        """The centre, for replicas that go on from there."""
+        return self.snapshot()
 
     def finish(self) -> None:
         """Nothing is ever left over."""

@@ -7,7 +7,8 @@ lock, and what it did is the order in which they came.
 import os
 import socket
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -44,6 +45,7 @@ class Serves(Protocol):
     def fetch(self, replica: int) -> None: ...
     def answers(self) -> list[int]: ...
     def give(self, replica: int) -> dict[str, Tensor]: ...
+    def hand_out(self, replicas: Iterable[int]) -> dict[str, Tensor]: ...
     def snapshot(self) -> dict[str, Tensor]: ...
     def finish(self) -> None: ...
     def load(self, weights: Mapping[str, Tensor]) -> None: ...
@@ -142,6 +144,8 @@ class Server:
 
     def close(self) -> None:
         """Finish what has come, write the last checkpoint, and part from all."""
+        with suppress(OSError):
+            self._door.shutdown(socket.SHUT_RDWR)  # closing alone does not wake who waits there
         self._door.close()
         self._queue.put(None)
         self._thread.join(GOODBYE)
@@ -230,7 +234,7 @@ class Server:
     def _settle(self, client: _Client, buffers: list[Tensor]) -> None:
         members = self.members
         if members.expected is None:
-            weights = self.shard.snapshot()
+            weights = self.shard.hand_out([client.replica])
             client.outbox.send(self._weights(client.replica, weights, buffers))
             return
         if client.replica == min(members.expected):
@@ -244,7 +248,7 @@ class Server:
         if members.expected is None or not members.settled >= members.expected:
             return
         self.shard.finish()
-        weights = self.shard.snapshot()
+        weights = self.shard.hand_out([each.replica for each in self._clients])
         for each in self._clients:
             self.shard.enter(each.replica)
             each.outbox.send(self._weights(each.replica, weights, self._buffers))
@@ -256,8 +260,7 @@ class Server:
             return
         self._clients.remove(client)
         self.shard.leave(client.replica)
-        if said:
-            client.outbox.send(Message(Kind.CLOSE))
+        client.outbox.send(Message(Kind.CLOSE))  # ends its thread, too
         self.members.left(client.replica, said)
 
     def _save_if_due(self) -> None:

@@ -78,8 +78,9 @@ class Shard:
 
     def enter(self, replica: int) -> None:
         """A replica trains from here on; a new one counts as no slower than the slowest."""
-        if replica not in self._lead and self.training:
-            self._lead[replica] = min(map(self._standing, self.training)) - self.pushed[replica]
+        if replica not in self.training and self.training:
+            slowest = min(map(self._standing, self.training))
+            self._lead[replica] = max(self._standing(replica), slowest) - self.pushed[replica]
         self.training.add(replica)
 
     def leave(self, replica: int) -> None:
@@ -113,7 +114,8 @@ class Shard:
         self._gradient.add(gradients, samples, list(versions), factor=factor)
         self.pushed[replica] += 1
         self._held[replica] += 1
-        self._uses[replica] = versions[-1]
+        if replica in self.training:  # and not still on its way when its sender was lost
+            self._uses[replica] = versions[-1]
         self._forget()
         self._apply_if_due()
 
@@ -128,11 +130,17 @@ class Shard:
         """
         due = [replica for replica in self._fetching if self._may_have(replica)]
         self._fetching = [replica for replica in self._fetching if replica not in due]
-        if due and any(correction.needs_weights for correction in self.corrections):
-            self._kept[self.version] = self.give(self._first)
-            for replica in due:
-                self._uses.setdefault(replica, self.version)
+        if due:
+            self.hand_out(due)
         return due
+
+    def hand_out(self, replicas: Iterable[int]) -> dict[str, Tensor]:
+        """The weights as they are, for replicas that will compute gradients at them."""
+        if any(correction.needs_weights for correction in self.corrections):
+            self._kept[self.version] = self.give(self._first)
+            for replica in replicas:
+                self._uses.setdefault(replica, self.version)
+        return self.give(self._first)
 
     def give(self, replica: int) -> dict[str, Tensor]:
         """The weights for a replica, copied once a version."""
@@ -210,10 +218,13 @@ class Shard:
         for scheduler in self.schedulers:
             scheduler.step()
         self.version += 1
+        if self.version == self.protocol.warm_up:  # the bound counts from here
+            first = max(map(self._standing, self.training), default=0)
+            self._lead = {each: first - self.pushed[each] for each in self.training}
 
     def _forget(self) -> None:
         """Let go of the versions that no replica's gradient will refer to any more."""
-        if self._kept and len(self._uses) >= len(self.training):
+        if self._kept and self._uses and len(self._uses) >= len(self.training):
             oldest = min(self._uses.values())
             self._kept = {v: kept for v, kept in self._kept.items() if v >= oldest}
 
@@ -225,6 +236,8 @@ class Shard:
             for name, weight in self.weights.items():
                 weight.copy_(weights[name])
         self._copied = -1
+        if self.version in self._kept:
+            self._kept[self.version] = self.give(self._first)
 
     def state_dict(self) -> dict[str, object]:
         """All that it would need to go on, copied."""
@@ -241,9 +254,10 @@ class Shard:
         """Go on from what `state_dict` gave."""
         self.load(state["weights"])  # type: ignore[arg-type]
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):  # type: ignore[call-overload]
-            optimizer.load_state_dict(saved)
+            optimizer.load_state_dict(copy.deepcopy(saved))
         for scheduler, saved in zip(self.schedulers, state["schedulers"], strict=True):  # type: ignore[call-overload]
             scheduler.load_state_dict(saved)
         self.version = int(state["version"])  # type: ignore[call-overload]
         self.staleness = Counter(state["staleness"])  # type: ignore[call-overload]
         self.pushed = Counter(state["pushed"])  # type: ignore[call-overload]
+        self._lead = {each: -self.pushed[each] for each in self.training}
