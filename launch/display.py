@@ -43,6 +43,8 @@ def title(config: Config, stages: str) -> Text:
     options = config.pipeline
     rule = options.rule or Component("delayed" if options.schedule == "stream" else "exact")
     how = " | ".join(map(_in_words, rule)) if isinstance(rule, list) else _in_words(rule)
+    more = [*([options.replicas] if options.replicas else []), *options.corrections]
+    how = ", ".join([how, *map(_in_words, more)])
     words = f"  {stages}, {options.schedule}, {how}, seed {config.seed}\n"
     return Text.assemble((config.name, "bold"), words)
 

@@ -45,7 +45,7 @@ class Journal:
         self._out = console()
         where = " in one process" if processes() is None else ""
         self._replicas = pipe.replicas
-        copies = f"{pipe.replicas} replicas of " if pipe.replicas > 1 else ""
+        copies = f"{pipe.replicas} replicas of " if config.pipeline.replicas else ""
         self._out.print(title(config, f"{copies}{pipe.stages} stages{where}"))
         self._out.print(partition_table(pipe.partition, expected_staleness(config, pipe.depths)))
         self._out.print(prospect(pipe.partition))

@@ -436,8 +436,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     if not short or options.picture:
         _table(
-            f"Using or ignoring stale gradients: {LEARNERS}-softsync; and with {SLOW} of the "
-            f"{LEARNERS} {SLOWNESS:g} times slower",
+            f"Using or ignoring stale gradients: {LEARNERS}-softsync, all learners alike or {SLOW} "
+            f"of them {SLOWNESS:g} times slower",
             {
                 "learning rate": 17,
                 "accuracy": NUMBERS,
@@ -483,49 +483,66 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def draw(runs: Runs, path: Path) -> None:
-    """Accuracy and training loss against how strongly stale gradients are discounted."""
+    """Test error and training loss against how strongly stale gradients are discounted."""
     matplotlib: Any = import_extra("matplotlib", extra="matplotlib", user="asynchronous")
     matplotlib.use("Agg")
     plt: Any = import_extra("matplotlib.pyplot", extra="matplotlib", user="asynchronous")
-    fig, axes = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
+    fig, axes = plt.subplots(1, 2, figsize=(11, 4.9), layout="constrained")
     names = [name for name in DISCOUNTS if "if" not in name]
-    places = range(len(names))
-    lines = {
-        f"{LEARNERS} learners alike": (0, "#0072B2", "o", -0.06),
-        f"{SLOW} of them {SLOWNESS:g} times slower": (SLOW, "#D55E00", "s", 0.06),
-    }
-    for ax, what in zip(axes, ("accuracy", "loss"), strict=True):
-        for label, (slow, colour, marker, aside) in lines.items():
-            means = []
-            for k, name in enumerate(names):
-                values = [getattr(o, what) for o in runs(_soft(LEARNERS, name, slow))]
-                values = [value for value in values if math.isfinite(value)]
-                means.append(statistics.mean(values) if values else math.nan)
-                ax.plot([k + aside] * len(values), values, marker, color=colour, alpha=0.35,
-                        markersize=5, markeredgewidth=0)  # fmt: skip
-            ax.plot([k + aside for k in places], means, f"{marker}-", color=colour, label=label,
-                    linewidth=2, markersize=7, markeredgecolor="white")  # fmt: skip
-        hard = statistics.mean(getattr(o, what) for o in runs(HARD))
-        ax.axhline(hard, color="#777777", linestyle="--", linewidth=1, zorder=0)
-        ax.annotate("hard sync", (0, hard), (-8, 4), textcoords="offset points", fontsize=9,
-                    color="#555555")  # fmt: skip
-        ax.set_xticks(places, names, fontsize=11)
-        ax.set_xlabel("learning rate for a gradient that is τ updates old")
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(True, axis="y", color="#EEEEEE", linewidth=0.8)
-        ax.set_axisbelow(True)
-    axes[0].set_title("Test accuracy", loc="left", fontsize=11)
-    axes[0].set_ylim(0, 1.03)
-    axes[1].set_title("Training loss", loc="left", fontsize=11)
-    axes[1].set_yscale("log")
-    axes[0].legend(frameon=False, loc="lower right", bbox_to_anchor=(0.98, 0.12))
+    _panel(axes[0], "Test error, in percent", names, lambda o: 100 * (1 - o.accuracy), runs)
+    ticks = (2, 5, 10, 20, 50, 100)
+    axes[0].set_yticks(ticks, [f"{tick}" for tick in ticks])
+    axes[0].set_ylim(1.6, 110)
+    axes[0].legend(frameon=False, loc="upper center")
+    _panel(axes[1], "Training loss in the end", names, lambda o: o.loss, runs)
+    diverged = sum(runs.diverged(_soft(LEARNERS, "α", slow)) for slow in (0, SLOW))
+    if diverged:
+        axes[1].annotate(
+            f"{diverged} of {2 * len(runs(HARD))} runs\nended in NaN", (0, 1), (8, -40),
+            xycoords=("data", "axes fraction"), textcoords="offset points", fontsize=9,
+            color="#555555", bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+        )  # fmt: skip
     fig.suptitle(
-        "Where to draw the line between using and ignoring stale gradients: "
+        "Stale gradients are worth using, at about 1/τ of the learning rate: "
         f"{LEARNERS} learners, τ ≈ {LEARNERS - 1}", fontsize=13,
     )  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, dpi=130)
     plt.close(fig)
+
+
+def _panel(
+    ax: Any, title: str, names: Sequence[str], what: Callable[[Outcome], float], runs: Runs
+) -> None:
+    """One measure, on a logarithmic scale: a dot a seed, lines through their means."""
+    lines = {
+        f"{LEARNERS} learners alike": (0, "#0072B2", "o", -0.06),
+        f"{SLOW} of them {SLOWNESS:g} times slower": (SLOW, "#D55E00", "s", 0.06),
+    }
+    for label, (slow, colour, marker, aside) in lines.items():
+        x = [k + aside for k in range(len(names))]
+        means = []
+        for k, name in enumerate(names):
+            values = [what(outcome) for outcome in runs(_soft(LEARNERS, name, slow))]
+            values = [value for value in values if math.isfinite(value)]
+            means.append(statistics.mean(values) if values else math.nan)
+            ax.plot([x[k]] * len(values), values, marker, color=colour, alpha=0.35, markersize=5,
+                    markeredgewidth=0)  # fmt: skip
+        ax.plot(x, means, f"{marker}-", color=colour, label=label, linewidth=2, markersize=7,
+                markeredgecolor="white")  # fmt: skip
+    hard = statistics.mean(map(what, runs(HARD)))
+    ax.axhline(hard, color="#777777", linestyle="--", linewidth=1, zorder=0)
+    ax.annotate("hard sync", (-0.2, hard), (0, 4), textcoords="offset points", fontsize=9,
+                color="#555555")  # fmt: skip
+    ax.set_yscale("log")
+    ax.minorticks_off()
+    ax.set_xticks(range(len(names)), names, fontsize=12)
+    ax.set_xlim(-0.25, len(names) - 0.75)
+    ax.set_xlabel("learning rate of a gradient that is τ updates old\n← bold          cautious →")
+    ax.set_title(title, loc="left", fontsize=11)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(True, axis="y", color="#EEEEEE", linewidth=0.8)
+    ax.set_axisbelow(True)
 
 
 if __name__ == "__main__":
