@@ -49,11 +49,23 @@ def meet_server(meeting: Meeting, own: Server | None) -> Connection:
     )
 
 
-def own_address() -> str:
-    """The address under which this machine is known to those it meets at torchrun's."""
+def own_address(toward: str | None = None) -> str:
+    """The address under which others reach this machine.
+
+    Args:
+        toward: a machine that they are as near to; None: where torchrun's ranks meet.
+    """
+    several_hosts = os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE")
+    found = _toward(toward or os.environ.get("MASTER_ADDR", "127.0.0.1"))
+    if toward is None and several_hosts and found.startswith("127."):
+        found = _toward("10.255.255.255")  # torchrun's host may know itself by its loopback
+    return found
+
+
+def _toward(host: str) -> str:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
-            probe.connect((os.environ.get("MASTER_ADDR", "127.0.0.1"), 9))  # sends nothing
+            probe.connect((host, 9))  # sends nothing
             return str(probe.getsockname()[0])
         except OSError:
             return "127.0.0.1"

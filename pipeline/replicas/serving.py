@@ -18,7 +18,7 @@ from ..watch import Pulse, Watch
 from ..world import meet
 from .downpour import Served
 from .meeting_point import own_address
-from .rendezvous import Rendezvous, describe
+from .rendezvous import Rendezvous, describe, split_address
 from .server import Members, Server
 
 __all__ = ["serve"]
@@ -158,7 +158,7 @@ class _Job:
         checkpoint = self.replicas.checkpoint_of(stage)
         if checkpoint is not None and checkpoint.file.exists():
             shard.load_state_dict(torch.load(checkpoint.file, weights_only=True))
-        host = own_address()
+        host = own_address(split_address(self.store.address)[0])
         server = Server(
             shard,
             Members(joined=self._joined, left=self._left),
