@@ -16,13 +16,17 @@ if TYPE_CHECKING:
 
 __all__ = ["Allreduce"]
 
+SMALL = 1 << 18
+"""Bytes of a stage's weights up to which gradients are passed round whole: one lap, not three."""
+
 
 class Allreduce(Replicas):
     """Every update moves all replicas alike, on the mean gradient over all their samples.
 
     As one pipeline on their mini-batches joined, and as slow as the slowest of them. The sum goes
-    round a ring (2(R-1)/R of the gradient's bytes through each link), and is the same everywhere to
-    the last bit. A replica that has run out of data takes part with nothing until all have.
+    round a ring (of a large gradient 2(R-1)/R of its bytes through each link), and is the same
+    everywhere to the last bit. A replica that has run out of data takes part with nothing until all
+    have.
     """
 
     connects = True
@@ -72,24 +76,35 @@ class _Ring(Peers):
         stage, gradient = engine.stage, engine.stage.gradient
         has = [float(name in gradient.sums) for name in stage.trainable]
         head = [gradient.weight, gradient.samples, not gradient.finite, rests, *has]
-        rows = yield from self._gather(engine, [torch.tensor(head, dtype=torch.float64)])
-        weight, samples, spoilt, at_rest, *have = sum(row[0] for row in rows).tolist()
+        # A small gradient goes along with it.
+        small = sum(t.numel() * t.element_size() for t in stage.trainable.values()) <= SMALL
+        own = self._weighted(stage, list(stage.trainable)) if small else []
+        rows = yield from self._gather(engine, [torch.tensor(head, dtype=torch.float64), *own])
+        heads, *sums = [sum(each[1:], each[0]) for each in zip(*rows, strict=True)]
+        weight, samples, spoilt, at_rest, *have = heads.tolist()
         if at_rest == self._count:
             return False
-        gradient.finite = not spoilt
         names = [name for name, some in zip(stage.trainable, have, strict=True) if some]
+        if not small:
+            sums = yield from self._sum(engine, self._weighted(stage, names) if weight else [])
+        else:
+            sums = [total for total, some in zip(sums, have, strict=True) if some]
         if weight:
-            sums = yield from self._sum(engine, [self._weighted(stage, name) for name in names])
-            gradient.sums = {
-                name: total.div_(weight) for name, total in zip(names, sums, strict=True)
-            }
+            both = zip(names, sums, strict=True)
+            gradient.sums = {name: total.div_(weight) for name, total in both}
         gradient.samples, gradient.first, gradient.weight = int(samples), weight, weight
+        gradient.finite = not spoilt
         return True
 
-    def _weighted(self, stage: "Stage", name: str) -> Tensor:
+    def _weighted(self, stage: "Stage", names: list[str]) -> list[Tensor]:
+        """The stage's gradients times their weight; zeros where it has none."""
         gradient = stage.gradient
-        held = gradient.sums.get(name)
-        return torch.zeros_like(stage.trainable[name]) if held is None else held * gradient.first
+        return [
+            gradient.sums[name] * gradient.first
+            if name in gradient.sums
+            else torch.zeros_like(stage.trainable[name], requires_grad=False)
+            for name in names
+        ]
 
     def _gather(self, engine: "Engine", mine: list[Tensor]) -> Steps:
         """Everybody's tensors, in the replicas' order."""
@@ -104,6 +119,8 @@ class _Ring(Peers):
         """The sum of everybody's tensors, by a ring: each adds to a part and passes it on, until
         the parts are whole; then those go round.
         """
+        if not tensors:
+            return []
         count, me = self._count, self._replica
         flat = {dtype: [t for t in tensors if t.dtype is dtype] for dtype in _dtypes(tensors)}
         joined = [torch.cat([t.reshape(-1) for t in group]) for group in flat.values()]

@@ -17,7 +17,14 @@ from headrace.models import EmulatedLayer, sparse_logistic
 from headrace.pipeline import Link, Pipeline
 from headrace.pipeline.corrections import LearningRate
 from headrace.pipeline.message import Kind, Message
-from headrace.pipeline.replicas import Allreduce, Downpour, Elastic, Hogwild, Replicas
+from headrace.pipeline.replicas import (
+    Allreduce,
+    Downpour,
+    Elastic,
+    Hogwild,
+    Replicas,
+    allreduce,
+)
 from headrace.pipeline.replicas.client import Client
 from headrace.pipeline.replicas.serving import serve
 from headrace.pipeline.report import ShardStatistics
@@ -170,8 +177,16 @@ class warnings_off:  # noqa: N801
         pass
 
 
-def run_cases(cases: str, stages: int, uneven: bool = False) -> dict[str, Account]:
-    """All of them one after the other, in one job."""
+def run_cases(
+    cases: str, stages: int, uneven: bool = False, small: int | None = None
+) -> dict[str, Account]:
+    """All of them one after the other, in one job.
+
+    Args:
+        small: bytes up to which gradients are small; None leaves it as it is.
+    """
+    if small is not None:
+        allreduce.SMALL = small
     chosen = {"in step": IN_STEP, "kinds": KINDS}[cases]
     return {name: run(case, stages, uneven) for name, case in chosen.items()}
 

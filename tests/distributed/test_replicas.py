@@ -39,15 +39,20 @@ pytestmark = pytest.mark.timeout(180)
 
 # In step ---------------------------------------------------------------------------------------
 
-GRIDS = [(2, 2, "one host"), (3, 1, "one host"), (2, 2, "hosts apart")]
+GRIDS = [
+    (2, 2, "one host", None),
+    (3, 1, "one host", 0),
+    (3, 1, "one host", None),
+    (2, 2, "hosts apart", 0),
+]
+"""Replicas, stages, transport, and up to how many bytes gradients are small."""
 
 
-@pytest.fixture(scope="module", params=GRIDS, ids=lambda g: f"{g[0]} x {g[1]}, {g[2]}")
+@pytest.fixture(scope="module", params=GRIDS, ids=lambda g: f"{g[0]} x {g[1]}, {g[2]}, {g[3]}")
 def in_step(request: pytest.FixtureRequest, launcher: Launcher) -> tuple[int, int, Outcome]:
-    replicas, stages, transport = request.param
-    environment = TRANSPORTS[transport]
-    ranks = replicas * stages
-    outcome = launcher.run(run_cases, ranks, "in step", stages, environment=environment)
+    replicas, stages, transport, small = request.param
+    ranks, how = replicas * stages, {"environment": TRANSPORTS[transport]}
+    outcome = launcher.run(run_cases, ranks, "in step", stages, False, small, **how)
     outcome.expect(*[0] * ranks)
     return replicas, stages, outcome
 
