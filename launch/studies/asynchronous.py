@@ -492,19 +492,19 @@ def draw(runs: Runs, path: Path) -> None:
     _panel(axes[0], "Test error, in percent", names, lambda o: 100 * (1 - o.accuracy), runs)
     ticks = (2, 5, 10, 20, 50, 100)
     axes[0].set_yticks(ticks, [f"{tick}" for tick in ticks])
-    axes[0].set_ylim(1.6, 110)
+    axes[0].set_ylim(1.3, 110)
     axes[0].legend(frameon=False, loc="upper center")
     _panel(axes[1], "Training loss in the end", names, lambda o: o.loss, runs)
     diverged = sum(runs.diverged(_soft(LEARNERS, "α", slow)) for slow in (0, SLOW))
     if diverged:
         axes[1].annotate(
-            f"{diverged} of {2 * len(runs(HARD))} runs\nended in NaN", (0, 1), (8, -40),
+            f"{diverged} of {2 * len(runs(HARD))} runs\nended in NaN", (0.5, 1), (0, -34),
             xycoords=("data", "axes fraction"), textcoords="offset points", fontsize=9,
             color="#555555", bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
         )  # fmt: skip
     fig.suptitle(
-        "Stale gradients are worth using, at about 1/τ of the learning rate: "
-        f"{LEARNERS} learners, τ ≈ {LEARNERS - 1}", fontsize=13,
+        f"How much a stale gradient should count: {LEARNERS} learners, τ ≈ {LEARNERS - 1}",
+        fontsize=13,
     )  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, dpi=130)

@@ -30,7 +30,7 @@ from ..display import bars
 from ..ranks import processes, rank, refuse
 from .sparsity import sparsity
 
-__all__ = ["main"]
+__all__ = ["main", "train"]
 
 Batch = tuple[tuple[Tensor, Tensor], Tensor]
 
@@ -53,8 +53,8 @@ def _one_by_one(data: Batch, seed: int) -> Iterator[Batch]:
         yield (indices[k : k + 1], values[k : k + 1]), targets[k : k + 1]
 
 
-def _train(samples: int, features: int, epochs: int, lock: bool) -> dict[str, Any]:
-    """What one rank of a job does, and what it saw."""
+def train(samples: int, features: int, epochs: int, lock: bool) -> dict[str, Any]:
+    """What one rank of a job does, and what it saw: the loss, updates a second, and staleness."""
     data, many = _load(samples, features), processes() or 1
 
     def scheduler(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
@@ -114,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(sys.argv[1:] if arguments is None else arguments)
     if options.worker:
         torch.set_num_threads(1)
-        saw = _train(options.samples, options.features, options.epochs, options.lock)
+        saw = train(options.samples, options.features, options.epochs, options.lock)
         if rank() == 0:
             print(json.dumps(saw), flush=True)
         return

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
+from headrace.launch.studies import hogwild as study
 from headrace.models import EmulatedLayer, sparse_logistic
 from headrace.pipeline import Link, Pipeline
 from headrace.pipeline.corrections import LearningRate
@@ -430,6 +431,11 @@ def sparse_hogwild(replicas: str) -> dict[str, Any]:
     return {"weights": weights, "staleness": rows}
 
 
+def sparse_problem(samples: int) -> dict[str, Any]:
+    """A small version of the study's problem, with or without another process in the way."""
+    return study.train(samples, features=samples, epochs=2, lock=False)
+
+
 # Jobs of their own ---------------------------------------------------------------------------
 
 
@@ -490,6 +496,49 @@ def replica_job(
         weights = pipe.state_dict()
     sums.pop("file")
     return {"sums": sums, "weights": weights, "replica": pipe.replica}
+
+
+# Things that cannot be, or are warned of ---------------------------------------------------------
+
+
+def refused(name: str) -> None:
+    """Two replicas of one stage that cannot work."""
+    sparse = nn.Sequential(nn.EmbeddingBag(9, 3, mode="sum", sparse=True))
+    few = batches()[:1]
+    data_set = TensorDataset(torch.zeros(24, 5).double(), torch.zeros(24, 3).double())
+    wrong = DataLoader(data_set, 4, sampler=DistributedSampler(data_set, 3, 0))
+    cases: dict[str, tuple[nn.Sequential, Replicas, Any]] = {
+        "sparse": (sparse, Allreduce(), batches()),
+        "too few": (tanh_net(), Hogwild(), few),
+        "sampler": (tanh_net(), Hogwild(), wrong),
+    }
+    model, replicas, loader = cases[name]
+    with Pipeline(
+        model,
+        nn.MSELoss(),
+        sgd,
+        stages=1,
+        replicas=replicas,
+        rule=Delayed("current"),
+        balance="parameters",
+        timeout=(30.0, 30.0),
+    ) as pipe:
+        pipe.train(loader)
+
+
+def warned() -> None:
+    """Hogwild with momentum, and under a rule that copies the weights."""
+    with Pipeline(
+        tanh_net(),
+        nn.MSELoss(),
+        momentum,
+        stages=1,
+        replicas=Hogwild(),
+        rule=Delayed("stash"),
+        balance="parameters",
+        timeout=(30.0, 30.0),
+    ) as pipe:
+        pipe.train(batches())
 
 
 # Things that go wrong ------------------------------------------------------------------------

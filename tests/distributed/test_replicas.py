@@ -26,12 +26,15 @@ from .replicas import (
     join_batches,
     lose,
     over_a_slow_link,
+    refused,
     replica_job,
     run_cases,
     sampled,
     serial,
     server_job,
     sparse_hogwild,
+    sparse_problem,
+    warned,
 )
 
 pytestmark = pytest.mark.timeout(180)
@@ -323,6 +326,19 @@ def test_one_replica_of_a_sparse_model_is_serial(launcher: Launcher, kind: str) 
     assert_same(outcome.results[0]["weights"], model.state_dict())
 
 
+def test_hogwild_loses_nothing(launcher: Launcher) -> None:
+    """Equal samples by one process, by two, by four: the loss within 2% (Niu et al. 2011)."""
+    losses = {}
+    for many in (1, 2, 4):
+        how = {"environment": {"TORCHELASTIC_RUN_ID": "here"}}
+        outcome = launcher.run(sparse_problem, many, 2000, **how)
+        outcome.expect(*[0] * many)
+        losses[many] = outcome.results[0]["loss"]
+        assert sum(outcome.results[0]["staleness"].values()) == 4000
+    assert losses[2] == pytest.approx(losses[1], rel=0.02)
+    assert losses[4] == pytest.approx(losses[1], rel=0.02)
+
+
 def test_sparse_hogwild(launcher: Launcher) -> None:
     outcome = launcher.run(sparse_hogwild, 3, "hogwild")
     outcome.expect(0, 0, 0)
@@ -332,6 +348,30 @@ def test_sparse_hogwild(launcher: Launcher) -> None:
     for result in outcome.results:
         assert_same(result["weights"], outcome.results[0]["weights"])
         assert sum(sum(row.values()) for row in result["staleness"]) == 200
+
+
+# Refused, or warned of ---------------------------------------------------------------------------
+
+REFUSED = {
+    "sparse": "layer '0' (EmbeddingBag) gives sparse gradients, and replicas: allreduce averages",
+    "too few": "the loader has no mini-batch for replica 1 of 2: each takes every R-th, so give",
+    "sampler": "the loader's DistributedSampler has num_replicas=3, rank=0, and this is replica",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_in_a_line(launcher: Launcher, name: str) -> None:
+    outcome = launcher.run(refused, 2, name)
+    assert REFUSED[name] in outcome.report, f"{outcome}"
+    assert all(outcome.codes)
+
+
+def test_hogwild_warns_once(launcher: Launcher) -> None:
+    outcome = launcher.run(warned, 2)
+    outcome.expect(0, 0)
+    said = "".join(outcome.err)
+    assert said.count("hogwild with momentum: each replica has its own") == 1
+    assert said.count("hogwild under a rule that copies the weights") == 1
 
 
 # One that dies -----------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import torch
 from headrace.launch.assemble import make_corrections, make_pipeline, make_replicas
 from headrace.launch.config import parse
 from headrace.launch.display import bars
+from headrace.launch.run_files import RunFiles
 from headrace.pipeline.corrections import DelayCompensation, LearningRate
 from headrace.pipeline.corrections.learning_rate import inverse_sqrt
 from headrace.pipeline.replicas import Allreduce, Downpour, Elastic, Hogwild
@@ -231,6 +232,21 @@ def test_alone_replicas_are_refused(folder: Path) -> None:
     config = parse(["--config", "small.yaml", "--pipeline.replicas", "downpour"])
     with pytest.raises(ValueError, match="torchrun --nproc-per-node 6"):
         make_pipeline(config, torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)), 1)
+
+
+def test_a_histogram_in_the_files(folder: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    files = RunFiles("x", "")
+    files.histogram("staleness of stage 1", 40, {0: 3, 2: 5})
+    files.close()
+    line = json.loads((files.folder / "metrics.jsonl").read_text())
+    assert line["counts"] == {"0": 3, "2": 5} and line["step"] == 40
+    board = EventAccumulator(str(files.folder))
+    board.Reload()
+    (event,) = board.Histograms("servers/staleness of stage 1")
+    shown = event.histogram_value
+    assert (shown.num, shown.sum, shown.min, shown.max) == (8, 10, 0, 2)
 
 
 def test_a_histogram_in_a_line() -> None:
