@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from types import TracebackType
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -24,31 +24,25 @@ from .arguments import (
     check_timeout,
     lay_out,
 )
-from .channel import Links, connect_locally
+from .blueprint import Blueprint
+from .channel import Links
 from .corrections import Correction
 from .driver import TOLD, Alone, Apart, Driver, Serving
 from .engine import Call, Engine, Metrics
 from .errors import InputError, first_line
 from .feed import Source, begin, deal, feed, read
 from .grid import Grid
-from .layers import Layers, materialise
 from .link import Link
 from .loss import Loss
-from .measure import measure
 from .message import Message
-from .microbatch import split
 from .nest import Nest
-from .partition import Balance, LayerCost, Partition, check_model, count, partition
-from .random_state import RandomState
+from .partition import Balance, Partition, check_model
 from .replicas import Replicas
-from .replicas.replicas import Meeting
 from .report import Progress, Report, ShardStatistics, StageStatistics
 from .rules import Delayed, Exact, Rule
 from .schedule import SCHEDULES
 from .settings import OptimizerFactory, SchedulerFactory, Settings
-from .stage import Stage
 from .timeline import Timeline
-from .transport import connect
 from .watch import Pulse, Watch
 from .world import World, choose_device, meet
 
@@ -56,9 +50,6 @@ __all__ = ["Pipeline", "Recording"]
 
 TUNE_AT = 16
 """The micro-batch before which `slack='auto'` measures."""
-
-MINI_BATCH = 1 << 40
-"""More micro-batches than a mini-batch has: all of them."""
 
 _jobs = itertools.count()
 
@@ -162,7 +153,6 @@ class Pipeline:
         atexit.register(_end, weakref.ref(self))
         with self._reporting("building the pipeline", refuses=True):
             self.rank = self._world.rank if self._world else 0
-            self._replicas = replicas
             self._grid = lay_out(stages, replicas, self._world)
             self.stages = self._grid.stages
             if self._watch is not None:
@@ -179,28 +169,26 @@ class Pipeline:
                 )
             check_counts(micro_batches, update_every, clip_grad_norm)
             self._model, self._micro_batches = model, micro_batches
-            self._schedule = SCHEDULES[schedule]
+            order = SCHEDULES[schedule]
             if rule is None:
-                rule = Exact() if self._schedule.flushes else Delayed("stash")
-            self._rules = [rule] * self.stages if isinstance(rule, Rule) else [*rule]
-            check_rules(self._rules, self._schedule, self.stages, slack)
+                rule = Exact() if order.flushes else Delayed("stash")
+            rules = [rule] * self.stages if isinstance(rule, Rule) else [*rule]
+            check_rules(rules, order, self.stages, slack)
             check_corrections(corrections)
             if replicas is not None:
-                replicas.check(self._rules, self._schedule)
+                replicas.check(rules, order)
             self._tunes = slack == "auto"
-            if self._tunes and (self._world is None or self._schedule.flushes):
+            if self._tunes and (self._world is None or order.flushes):
                 raise ValueError(
                     "slack='auto' measures the links of a stream under torchrun: alone, or under "
                     "a schedule that flushes, write a number"
                 )
-            waits = [each.ahead is None for each in self._rules]
-            slack = 1 if slack == "auto" else slack
-            self._depths = self._schedule.depths(self.stages, slack, waits)
-            self._device, shared = choose_device(device, self._world)
+            waits = [each.ahead is None for each in rules]
+            depths = order.depths(self.stages, 1 if slack == "auto" else slack, waits)
+            place, shared = choose_device(device, self._world)
             if isinstance(loss_fn, nn.Module):
-                loss_fn.to(self._device)
-            self._seed = torch.initial_seed() if seed is None else seed
-            self._settings = Settings(
+                loss_fn.to(place)
+            settings = Settings(
                 loss_fn=loss_fn,
                 optimizer=optimizer,
                 scheduler=scheduler,
@@ -211,14 +199,25 @@ class Pipeline:
                 stops_on_nonfinite=on_nonfinite == "stop",
                 corrections=tuple(corrections),
             )
-            own = replicas.settings(self._settings) if replicas else self._settings
-            check_compared(own.corrections, self._rules, self._schedule)
-            self._emulated_link = emulated_link
-            self._links = self._connect(shared)
-            if self.stages == 1:
-                self._cut([len(model)], count(model))
-            elif balance != "time":
-                self._cut(balance, count(model))
+            own = replicas.settings(settings) if replicas else settings
+            check_compared(own.corrections, rules, order)
+            self._blueprint = Blueprint(
+                model,
+                self._grid,
+                self._watch,
+                replicas,
+                order,
+                rules,
+                depths,
+                settings,
+                place,
+                torch.initial_seed() if seed is None else seed,
+                micro_batches,
+                emulated_link,
+            )
+            self._links = self._blueprint.connect(shared)
+            if self.stages == 1 or balance != "time":
+                self._adopt(self._blueprint.cut(balance))
 
     # Calls that every rank makes ---------------------------------------------------------------
 
@@ -450,7 +449,7 @@ class Pipeline:
         """Each stage's micro-batches in flight behind a forward; its staleness, once warm. 0 for a
         stage that does not wait for its gradients.
         """
-        return self._engines[0].depths if self._engines else self._depths
+        return self._engines[0].depths if self._engines else self._blueprint.depths
 
     @property
     def version(self) -> int:
@@ -472,24 +471,6 @@ class Pipeline:
         engine = driver.engines[0]
         return Pulse(engine.progress, driver.waiting, engine.stage.version > 0, engine.doing)
 
-    def _connect(self, shares_device: bool) -> list[Links]:
-        directly = self._rules[-1].synthesizes_inputs and self.stages > 1
-        if self._world is None or self._watch is None:
-            return connect_locally(self.stages, directly)
-        watch, rings = self._watch, self._replicas is not None and self._replicas.connects
-        return [
-            connect(
-                self._grid,
-                self._device,
-                shares_device,
-                watch.bell,
-                watch.lost,
-                self._emulated_link,
-                directly,
-                rings,
-            )
-        ]
-
     def _open(
         self, loader: Iterable[Any], pairs_only: bool, deals: bool = False
     ) -> Iterator[tuple[Nest, Nest]]:
@@ -502,140 +483,29 @@ class Pipeline:
         with self._reporting("reading the loader's first mini-batch"), _gradients():
             if not self.is_first:
                 if self.partition is None:
-                    self._measure_and_cut(None)
+                    self._adopt(self._blueprint.cut_by_time(None))
                 return iter(())
             batches = read(loader, pairs_only)
             if deals:
                 batches = deal(batches, loader, self._grid)
             first = next(batches)
             if self.partition is None:
-                self._measure_and_cut(first if self.rank == 0 else None)
+                self._adopt(self._blueprint.cut_by_time(first if self.rank == 0 else None))
             return itertools.chain([first], batches)
 
-    def _measure_and_cut(self, batch: tuple[Nest, Nest] | None) -> None:
-        """The first rank measures on the first micro-batch; all ranks cut alike."""
-        if batch is not None:
-            result = self._measure_or_agree(batch)
-            if self._watch is not None:
-                self._watch.share("partition", result.to_json())
-        else:
-            assert self._watch is not None
-            result = Partition.from_json(self._watch.learn("partition"))
-        self.partition = result
-        self._build()
-
-    def _measure_or_agree(self, batch: tuple[Nest, Nest]) -> Partition:
-        """The cut of those in other jobs with whom weights are shared, or else our own."""
-        if self._replicas is None:
-            return self._measure(batch)
-        known = self._replicas.agree(None) or self._replicas.agree(self._measure(batch))
-        assert known is not None
-        return known
-
-    def _measure(self, batch: tuple[Nest, Nest]) -> Partition:
-        x, target = cast(tuple[Nest, Nest], split(batch, self._micro_batches)[0])
-        costs = measure(self._model, x, target, self._settings, self._device, self._seed)
-        return partition(self._model, self.stages, "time", costs)
-
-    def _check_agreed(self, cut: Partition) -> None:
-        """Compare the cut with that of those in other jobs with whom weights are shared.
-
-        Raises:
-            ValueError: it is another.
-        """
-        agreed = self._replicas.agree(cut) if self._replicas and self.rank == 0 else None
-        if agreed is not None and agreed.sizes != cut.sizes:
-            raise ValueError(
-                f"balance: this pipeline is cut into {cut.sizes} layers, those that it shares its "
-                f"weights with into {agreed.sizes}: write balance={list(agreed.sizes)}"
-            )
-
-    def _cut(self, balance: Balance, costs: Sequence[LayerCost]) -> None:
-        self.partition = partition(self._model, self.stages, balance, costs)
-        self._check_agreed(self.partition)
-        self._build()
-
-    def _build(self) -> None:
-        assert self.partition is not None
-        self._source = source = Source()
+    def _adopt(self, cut: Partition) -> None:
+        """Build this process's part of the pipeline, cut like this."""
+        self.partition = cut
+        self._source = Source()
         self._names = set(self._model.state_dict())
-        if self._grid.is_server:
-            self._driver = self._serve_weights()
+        if self.is_server:
+            self._driver = self._blueprint.serve(cut)
             return
-        mine = range(self.stages) if self._world is None else [self._grid.stage]
-        engines = []
-        for j, links in zip(mine, self._links, strict=True):
-            if j == 0:
-                links.from_upstream = source
-            stage = self._make_stage(j, links)
-            engines.append(Engine(stage, self._schedule, self._depths, links))
-        self._engines = engines
+        self._engines = self._blueprint.build(cut, self._links, self._source)
         if self._watch is None:
-            self._driver = Alone(engines, source)
+            self._driver = Alone(self._engines, self._source)
         else:
-            self._driver = Apart(engines[0], source, self._watch)
-
-    def _make_layers(self, index: int) -> Layers:
-        assert self.partition is not None
-        names = [cost.name for cost in self.partition.stages[index]]
-        layers = [(name, self._model.get_submodule(name)) for name in names]
-        for name, layer in layers:
-            materialise(name, layer, self._seed, self._device)
-        return Layers(layers).to(self._device)
-
-    def _make_stage(self, index: int, links: Links) -> Stage:
-        layers, settings, peers = self._make_layers(index), self._settings, None
-        if self._replicas is not None:
-            peers = self._replicas.join(self._meeting(layers, links))
-            settings = self._replicas.settings(settings)
-        # The global state is a plain loop's. Where loaders of several replicas must draw the same
-        # order from it, layers leave it alone.
-        seat = self.replica * self.stages + index
-        lone = seat == 0 and self.replicas == 1
-        random = None if lone else RandomState.derive(self._seed, seat, self._device)
-        return Stage(
-            index,
-            self.stages,
-            self._depths[index],
-            layers,
-            self._rules[index],
-            settings,
-            self._device,
-            random,
-            self._ahead(index),
-            self._seed,
-            peers,
-        )
-
-    def _meeting(self, layers: Layers, links: Links) -> Meeting:
-        assert self._watch is not None
-        return Meeting(
-            self._grid,
-            layers,
-            links,
-            self._settings,
-            self._device,
-            self._watch,
-            self._emulated_link,
-        )
-
-    def _serve_weights(self) -> Serving:
-        """Serve a stage's weights in this process, which has no stage."""
-        assert self._watch is not None and self._replicas is not None
-        layers = self._make_layers(self._grid.stage)
-        server = self._replicas.serve(self._meeting(layers, Links()))
-        return Serving(server, self._watch)
-
-    def _ahead(self, index: int) -> int | None:
-        """Micro-batches sent on at most of which nothing has come back yet, where a stage does not
-        wait: its rule's, and those that the next stage has in flight before it sends anything back.
-        """
-        rule, last = self._rules[index], index == self.stages - 1
-        if rule.ahead is None or self.stages == 1 or (last and not rule.synthesizes_inputs):
-            return None
-        if self._schedule.unbounded:
-            return MINI_BATCH
-        return rule.ahead + (0 if last else self._depths[index + 1])
+            self._driver = Apart(self._engines[0], self._source, self._watch)
 
     # Running -----------------------------------------------------------------------------------
 

@@ -5,9 +5,10 @@ python -m headrace.launch.studies.asynchronous [--seeds 3] [--short] [--picture 
 Trains small networks (He's first weights) on scikit-learn's digits by asynchronous SGD, all in one
 process: the servers' shards, and learners that take drawn times (`event_simulator`). A mini-batch
 takes 1 on average, gamma-distributed: with a standard deviation of 0.2 for Zhang et al.'s learners,
-of 0.7 for Downpour's replicas, on machines that others use too. Whoever begins takes the next
-mini-batch of an epoch's random order. A fetch comes after the replica's own pushes, as in the
-product. Prints tables in Markdown, a row as it comes, and ends with 1 if a claim does not hold.
+of 0.7 for Downpour's replicas, on machines that others use too (one table shows that less does
+worse). Whoever begins takes the next mini-batch of an epoch's random order. A fetch comes after the
+replica's own pushes, as in the product. Prints tables in Markdown, a row as it comes, and ends with
+1 if a claim does not hold.
 """
 
 import argparse

@@ -70,6 +70,7 @@ class Shard:
         self._first = min(self.training, default=0)
         self._gradient, self._held = Gradient(), Counter[int]()
         self._fetching: list[int] = []
+        self._warmed = False
         self._kept: dict[int, dict[str, Tensor]] = {}
         self._uses: dict[int, int] = {}
         self._copy, self._copied = self.snapshot(), 0
@@ -164,8 +165,11 @@ class Shard:
 
     @property
     def warms_up(self) -> bool:
-        """Whether the first replica is still alone."""
-        return self.version < self.protocol.warm_up and self._first in self.training
+        """Whether the first replica is still alone: until it has made its updates, or is done."""
+        away = self._first not in self.training
+        done = self.version >= self.protocol.warm_up or (away and self.pushed[self._first] > 0)
+        self._warmed = self._warmed or done
+        return not (self._warmed or away)
 
     @property
     def learning_rates(self) -> list[float]:
@@ -247,7 +251,7 @@ class Shard:
             "schedulers": [scheduler.state_dict() for scheduler in self.schedulers],
             "version": self.version,
             "staleness": dict(self.staleness),
-            "pushed": dict(self.pushed),
+            "pushed": dict(self.pushed - self._held),
         }
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
