@@ -12,7 +12,7 @@ from headrace.pipeline import Link, Pipeline
 from headrace.pipeline.corrections import Correction
 from headrace.pipeline.grid import Grid
 from headrace.pipeline.replicas import Replicas
-from headrace.pipeline.replicas.downpour import Served
+from headrace.pipeline.replicas.served import Served
 from headrace.pipeline.rules import Rule
 from headrace.pipeline.schedule import SCHEDULES
 from headrace.pipeline.settings import Settings

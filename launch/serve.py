@@ -15,7 +15,7 @@ from types import FrameType
 import torch
 
 from headrace.pipeline.errors import InputError
-from headrace.pipeline.replicas.downpour import Served
+from headrace.pipeline.replicas.served import Served
 from headrace.pipeline.replicas.serving import serve
 
 from .assemble import (

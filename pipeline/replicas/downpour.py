@@ -4,178 +4,28 @@ Dean et al. 2012, section 4.1, one server to a stage; n-softsync and hard sync a
 (section 3), the bound on how far a replica may be ahead is Ho et al. 2013.
 """
 
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..errors import first_line
 from ..gradient import Gradient
-from ..grid import Grid
 from ..message import Kind, Message
-from ..partition import Partition
 from ..settings import Settings
-from ..socket_channel import dial
 from .client import Client, Connection
-from .meeting_point import PATIENCE, meet_server, offer
 from .peers import Peers, Steps
-from .rendezvous import Rendezvous, describe, split_address
-from .replicas import Meeting, Replicas
-from .server import Checkpoint, Members, Server, pack
+from .replicas import Meeting
+from .served import Served, check_number
+from .server import pack
 from .shard import Protocol, Shard
 
 if TYPE_CHECKING:
     from ..engine import Engine
     from ..stage import Stage
-    from ..watch import Watch
 
-__all__ = ["Downpour", "Served"]
-
-
-class Served(Replicas):
-    """Replicas that share their weights through a server for each stage: rank R·n + j is stage j's.
-
-    Args:
-        count: R; None is as many as the ranks make.
-        beside: each server lives in replica 0's process of its stage instead, in a thread.
-        prefetch: 0 waits for what was asked for; p goes on, and takes in what was asked for p times
-            earlier: so a link's round trip may take as long as p times what lies between.
-        checkpoint: folder in which each server keeps its state, in a file of its own; where there
-            is one already, it goes on from that.
-        checkpoint_every: a server's updates from one to the next.
-        address: "host:port" of servers that are a job of their own (`serve`). This job is then one
-            of their replicas: it may come late, and its end does not end the others.
-    """
-
-    def __init__(
-        self,
-        count: int | None = None,
-        *,
-        beside: bool = False,
-        prefetch: int = 1,
-        checkpoint: str | Path | None = None,
-        checkpoint_every: int = 1000,
-        address: str | None = None,
-    ) -> None:
-        super().__init__(count)
-        check_number("prefetch", prefetch, least=0)
-        check_number("checkpoint_every", checkpoint_every)
-        self.beside, self.prefetch = beside, prefetch
-        self.checkpoint = None if checkpoint is None else Path(checkpoint)
-        self.checkpoint_every = checkpoint_every
-        self.address = address
-        if address is not None:
-            split_address(address)
-        self._store: Rendezvous | None = None
-        self._number, self._addresses = 0, list[str]()
-
-    def ranks(self, stages: int) -> int:
-        if self.address is not None:
-            return stages
-        return super().ranks(stages) + (0 if self.beside else stages)
-
-    def lay_out(self, ranks: int, rank: int, stages: int) -> Grid:
-        if self.address is not None:
-            if ranks != stages:
-                raise ValueError(
-                    f"{ranks} ranks are not {stages} stages: with address= each replica is a job "
-                    f"of its own, so start torchrun --nproc-per-node {stages} for each"
-                )
-            return Grid(stages, rank=rank)
-        servers = 0 if self.beside else stages
-        count = self.count or (ranks - servers) // stages
-        if count < 1 or count * stages + servers != ranks:
-            many = f"{count} replicas" if self.count else "replicas"
-            raise ValueError(
-                f"{ranks} ranks do not make {many} of {stages} stages"
-                f"{'' if self.beside else f' and {stages} servers'}: start with torchrun "
-                f"--nproc-per-node {self.ranks(stages)}"
-                f"{'' if self.beside else ', or write beside=True for servers without ranks'}"
-            )
-        return Grid(stages, count, servers, rank)
-
-    def enrol(self, grid: Grid, watch: "Watch", model: nn.Sequential) -> Grid:
-        if self.address is None:
-            return grid
-        if grid.rank == 0:
-            self._store = Rendezvous(self.address)
-            seat = self._store.take_seat(describe(dict(model.named_parameters())))
-            watch.share("seat", json.dumps(seat))
-        self._number, seat_, seats = json.loads(watch.learn("seat"))
-        return replace(grid, seat=seat_, seats=seats)
-
-    def agree(self, cut: Partition | None) -> Partition | None:
-        return cut if self._store is None else self._store.agree(cut)
-
-    def serve(self, meeting: Meeting) -> Server:
-        """Start the server of a stage, in this process."""
-        grid, watch = meeting.grid, meeting.watch
-        weights = {n: p for n, p in meeting.layers.named_parameters() if p.requires_grad}
-        shard = self.make_shard(grid.stage, weights, meeting.settings, grid.replicas)
-        checkpoint = self.checkpoint_of(grid.stage)
-        if checkpoint is not None and checkpoint.file.exists():
-            shard.load_state_dict(torch.load(checkpoint.file, weights_only=True))
-        members = Members(
-            expected=set(range(grid.replicas)),
-            left=lambda replica, said: (
-                None
-                if said
-                else watch.lost(
-                    replica * grid.stages + grid.stage, RuntimeError("its connection was closed")
-                )
-            ),
-        )
-        return offer(shard, members, meeting, checkpoint)
-
-    def checkpoint_of(self, stage: int) -> Checkpoint | None:
-        """Where the server of a stage keeps its state."""
-        if self.checkpoint is None:
-            return None
-        return Checkpoint(self.checkpoint / f"stage-{stage}.pt", self.checkpoint_every)
-
-    def make_shard(
-        self,
-        stage: int,
-        weights: dict[str, Any],
-        settings: Settings,
-        replicas: int,
-        present: bool = True,
-    ) -> Any:
-        """What is to be served.
-
-        Args:
-            present: the replicas are all there from the beginning.
-        """
-        raise NotImplementedError
-
-    def connect(self, meeting: Meeting) -> Connection:
-        """Find the server of this stage, starting it where it is to live here."""
-        if self.address is not None:
-            return self._connect_with_job(meeting)
-        own = self.serve(meeting) if self.beside and meeting.grid.replica == 0 else None
-        return meet_server(meeting, own)
-
-    def _connect_with_job(self, meeting: Meeting) -> Connection:
-        watch, stage = meeting.watch, meeting.grid.stage
-        if self._store is not None:
-            found = self._store.servers(meeting.grid.stages, watch.idle)
-            watch.share("servers", json.dumps(found))
-        host, port = split_address(json.loads(watch.learn("servers"))[stage])
-        return Connection(
-            dial(host, port, PATIENCE),
-            self._number,
-            watch,
-            lambda error: watch.fail(
-                f"the server of stage {stage} at {host}:{port} is gone ({first_line(error)}): its "
-                "last checkpoint is where it was started",
-                code=1,
-            ),
-            meeting.emulated_link,
-        )
+__all__ = ["Downpour"]
 
 
 class Downpour(Served):
@@ -326,9 +176,3 @@ class _Pushing(Client):
         groups = [group for optimizer in stage.optimizers for group in optimizer.param_groups]
         for group, rate in zip(groups, message.numbers[2:], strict=True):
             group["lr"] = rate
-
-
-def check_number(name: str, value: Any, least: int = 1, words: str = "") -> None:
-    """Refuse what is no whole number, or too small a one."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}={value!r}: give {words}a whole number >= {least}")

@@ -12,9 +12,9 @@ from ..message import Kind, Message
 from ..report import ShardStatistics
 from ..settings import Settings
 from .client import Client
-from .downpour import Served, check_number
 from .peers import Peers
 from .replicas import Meeting
+from .served import Served, check_number
 from .server import pack
 
 if TYPE_CHECKING:

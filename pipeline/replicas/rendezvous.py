@@ -6,6 +6,8 @@ had before; it agrees with the others on the cut, and learns where each stage's 
 
 import hashlib
 import json
+import socket
+import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 
@@ -28,16 +30,25 @@ class Rendezvous:
     Args:
         address: "host:port".
         keeps: whether it is this process that keeps it; the others look in.
+        idle: sleep a moment.
         patience: seconds for which to try.
 
     Raises:
         InputError: nobody keeps one there, or the port is taken.
     """
 
-    def __init__(self, address: str, keeps: bool = False, patience: float = 60.0) -> None:
+    def __init__(
+        self,
+        address: str,
+        keeps: bool = False,
+        idle: Callable[[], None] = lambda: None,
+        patience: float = 60.0,
+    ) -> None:
         host, port = split_address(address)
         self.address = address
         try:
+            if not keeps:
+                _knock(host, port, idle, patience)
             self._store = TCPStore(
                 host,
                 port,
@@ -114,6 +125,19 @@ class Rendezvous:
         if not self._store.check(["cut"]):
             return None
         return Partition.from_json(bytes(self._store.get("cut")).decode())
+
+
+def _knock(host: str, port: int, idle: Callable[[], None], patience: float) -> None:
+    """Wait until somebody opens; a store's own waiting would not heed signals."""
+    end = time.monotonic() + patience
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=1.0).close()
+            return
+        except OSError:
+            if time.monotonic() > end:
+                raise
+            idle()
 
 
 def split_address(address: str) -> tuple[str, int]:

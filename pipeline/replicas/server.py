@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..channel import Outbox
 from ..emulated_link import EmulatedLink
+from ..errors import first_line
 from ..link import Link
 from ..message import Kind, Message
 from ..report import ShardStatistics
@@ -50,6 +51,7 @@ class Serves(Protocol):
     def finish(self) -> None: ...
     def load(self, weights: Mapping[str, Tensor]) -> None: ...
     def state_dict(self) -> dict[str, object]: ...
+    def load_state_dict(self, state: Mapping[str, object]) -> None: ...
     @property
     def names(self) -> list[str]: ...
     @property
@@ -79,6 +81,27 @@ class Checkpoint:
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, self.file)
+
+    def resume(self, shard: "Serves") -> str:
+        """Let a shard go on from the file, if there is one; a note of it, or nothing.
+
+        Raises:
+            ValueError: it is of another model, cut or optimizer.
+        """
+        if not self.file.exists():
+            return ""
+        try:
+            shard.load_state_dict(torch.load(self.file, weights_only=True))
+        except (KeyError, ValueError, RuntimeError, TypeError) as error:
+            raise ValueError(
+                f"checkpoint: {self.file} is not of these weights and optimizer "
+                f"({type(error).__name__}: {first_line(error)}): give another folder, or the same "
+                "model, balance and optimizer"
+            ) from error
+        return (
+            f"the server of stage {shard.stage} goes on from {self.file}, after "
+            f"{shard.version:,} updates"
+        )
 
 
 @dataclass

@@ -16,9 +16,9 @@ from ..report import ShardStatistics
 from ..settings import OptimizerFactory, SchedulerFactory, Settings
 from ..watch import Pulse, Watch
 from ..world import meet
-from .downpour import Served
 from .meeting_point import own_address
 from .rendezvous import Rendezvous, describe, split_address
+from .served import Served
 from .server import Members, Server
 
 __all__ = ["serve"]
@@ -101,7 +101,7 @@ def serve(
             store.open(replicas.count, describe(dict(model.named_parameters())))
             watch.share("open", "")
         watch.learn("open")
-        store = store or Rendezvous(address)
+        store = store or Rendezvous(address, idle=watch.idle)
         if world.rank == 0:
             log(f"serving {stages} stages to {replicas.count} replicas at {address}")
         job = _Job(replicas, grid, model, settings, seed, store, watch, timeout[0], log)
@@ -156,8 +156,8 @@ class _Job:
         count = self.replicas.count or 1
         shard = self.replicas.make_shard(stage, weights, self.settings, count, present=False)
         checkpoint = self.replicas.checkpoint_of(stage)
-        if checkpoint is not None and checkpoint.file.exists():
-            shard.load_state_dict(torch.load(checkpoint.file, weights_only=True))
+        if checkpoint is not None and (note := checkpoint.resume(shard)):
+            self.log(note)
         host = own_address(split_address(self.store.address)[0])
         server = Server(
             shard,
