@@ -235,7 +235,15 @@ class Shard:
     # Its state ---------------------------------------------------------------------------------
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
-        """Take other weights."""
+        """Take other weights.
+
+        Raises:
+            ValueError: they are another model's.
+        """
+        theirs = {name: tuple(weight.shape) for name, weight in weights.items()}
+        ours = {name: tuple(weight.shape) for name, weight in self.weights.items()}
+        if theirs != ours:
+            raise ValueError(f"weights {theirs}, where {ours} are wanted")
         with torch.no_grad():
             for name, weight in self.weights.items():
                 weight.copy_(weights[name])
@@ -247,6 +255,7 @@ class Shard:
         """All that it would need to go on, copied."""
         return {
             "weights": self.snapshot(),
+            "kinds": [type(each).__name__ for each in self.optimizers],
             "optimizers": copy.deepcopy([each.state_dict() for each in self.optimizers]),
             "schedulers": [scheduler.state_dict() for scheduler in self.schedulers],
             "version": self.version,
@@ -255,8 +264,15 @@ class Shard:
         }
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
-        """Go on from what `state_dict` gave."""
+        """Go on from what `state_dict` gave.
+
+        Raises:
+            ValueError: it is of other weights, or another optimizer.
+        """
         self.load(state["weights"])  # type: ignore[arg-type]
+        kinds = [type(each).__name__ for each in self.optimizers]
+        if state["kinds"] != kinds:
+            raise ValueError(f"the state of {state['kinds']}, where {kinds} is wanted")
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):  # type: ignore[call-overload]
             optimizer.load_state_dict(copy.deepcopy(saved))
         for scheduler, saved in zip(self.schedulers, state["schedulers"], strict=True):  # type: ignore[call-overload]

@@ -646,3 +646,27 @@ def test_a_checkpoint_that_cannot_be_written_is_told(open_server: Open, tmp_path
     assert "no space left" in str(place.failed.get(timeout=PATIENCE))
     replica.push(gradients(seeded(1)), 1)
     assert replica.ask().updates == 2, "training goes on"
+
+
+def test_a_server_says_what_it_goes_on_from(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(tmp_path / "stage-1.pt", 3)
+    assert checkpoint.resume(with_momentum()) == ""
+    shard = with_momentum()
+    shard.take(0, dense(seeded(0)), 1, [0])
+    checkpoint.write(shard.state_dict())
+    note = checkpoint.resume(with_momentum())
+    assert note.endswith(f"goes on from {checkpoint.file}, after 1 updates")
+    other = Shard(1, {"w": torch.zeros(2)}, settings(adagrad), Protocol(), {0})
+    with pytest.raises(ValueError, match=r"stage-1\.pt is not of these weights and optimizer"):
+        checkpoint.resume(other)
+    same = Shard(1, with_momentum().snapshot(), settings(adagrad), Protocol(), {0})
+    with pytest.raises(ValueError, match=r"the state of \['SGD'\], where \['Adagrad'\] is wanted"):
+        checkpoint.resume(same)
+
+
+def adagrad(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.Adagrad(parameters)
+
+
+def settings(optimizer: Any) -> Settings:
+    return Settings(loss_fn=torch.nn.Identity(), optimizer=optimizer)
