@@ -168,9 +168,18 @@ def adagrad(params: Any) -> torch.optim.Optimizer:
     return torch.optim.Adagrad(params, lr=0.03)
 
 
-@pytest.mark.parametrize("beside", [False, True], ids=["servers", "beside"])
-@pytest.mark.parametrize("stages", [1, 2])
-@pytest.mark.parametrize("name", SERIAL)
+WAYS = [
+    ("stash", 1, False),
+    ("stash", 2, True),
+    ("adagrad", 2, False),
+    ("1f1b", 2, True),
+    ("every 3, clip", 1, True),
+    ("every 3, clip", 2, False),
+]
+"""Options, stages, and whether servers live beside the replica."""
+
+
+@pytest.mark.parametrize(("name", "stages", "beside"), WAYS)
 def test_downpour_of_one_replica_is_serial(
     launcher: Launcher, name: str, stages: int, beside: bool
 ) -> None:
