@@ -44,7 +44,7 @@ class Journal:
         self._files = RunFiles(config.name, to_yaml(config))
         self._out = console()
         where = " in one process" if processes() is None else ""
-        self._replicas = pipe.replicas
+        self._replicas, self._replica = pipe.replicas, pipe.replica
         copies = f"{pipe.replicas} replicas of " if config.pipeline.replicas else ""
         self._out.print(title(config, f"{copies}{pipe.stages} stages{where}"))
         self._out.print(partition_table(pipe.partition, expected_staleness(config, pipe.depths)))
@@ -148,7 +148,7 @@ class Journal:
         statistics: Sequence[StageStatistics],
         shards: Sequence[ShardStatistics],
     ) -> Any:
-        whose = f", replica 0 of {self._replicas}" if self._replicas > 1 else ""
+        whose = f", replica {self._replica} of {self._replicas}" if self._replicas > 1 else ""
         rows = {f"test {name}": f"{value:.4f}" for name, value in scores.items() if name != "loss"}
         rows |= {"test loss": f"{scores['loss']:.4f}"} if scores else {}
         rows["train loss"] = f"{self._loss:.4f}, mean of the last epoch{whose}"
@@ -159,7 +159,10 @@ class Journal:
         names = [f"{s.replica}.{s.stage}" if many else f"{s.stage}" for s in statistics]
         stages = {
             "replica.stage" if many else "stage": names,
-            "staleness": [f"{stage.staleness_mean:.2f}" for stage in statistics],
+            # Under servers, the pipeline's part of it alone; theirs follows.
+            "own delay" if shards else "staleness": [
+                f"{stage.staleness_mean:.2f}" for stage in statistics
+            ],
             "busy": [f"{stage.busy:.0%}" for stage in statistics],
         }
         for name, digits, column in (

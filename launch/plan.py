@@ -19,6 +19,7 @@ from .assemble import (
     make_loader,
     make_model,
     make_pipeline,
+    make_replicas,
     make_settings,
     updates,
 )
@@ -53,6 +54,7 @@ def make_plan(config: Config) -> tuple[Partition, tuple[float, ...]]:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     options = config.pipeline
+    make_replicas(options)  # refuse what cannot be
     if options.slack == "auto":  # what it begins with, before it has measured the links
         options = replace(options, slack=1)
     options = replace(options, replicas=None)  # each replica is cut alike

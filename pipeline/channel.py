@@ -32,6 +32,9 @@ class Inbox:
     silent = False
     """Nothing tells that a message has arrived: look again soon."""
 
+    outside = False
+    """What comes is another job's; who waits for it is no sign of trouble in this one."""
+
     def poll(self) -> Message | None:
         """Give the next message if it has arrived."""
         raise NotImplementedError

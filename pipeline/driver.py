@@ -84,7 +84,7 @@ class Apart:
         self._source.open(messages)
         self._watch.check()
         while not isinstance(step := next(self._flow), Done):
-            self.waiting = True
+            self.waiting = not step.outside
             self._watch.idle(step.file, patient=engine.links.flush() and not step.silent)
             self.waiting = False
         while not engine.links.flush():

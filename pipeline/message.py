@@ -44,11 +44,12 @@ class Kind(IntEnum):
     stages, a measurement of a link. CLOSE is a channel's last message; FRAME is a channel's own.
 
     A replica to a server: it is there, wants the weights, has a gradient or its own weights, has
-    nothing in flight, has other weights for it, wants its figures. The server: WEIGHTS, VALUE.
+    nothing in flight, has other weights or buffers for it, wants its figures. The server: WEIGHTS,
+    VALUE. Both, where nothing else is to be said for a while: BEAT.
     """
 
     BEGIN, MICRO_BATCH, TUNE, END, RESULT, VALUE, ECHO, CLOSE, FRAME = range(9)
-    JOIN, FETCH, PUSH, SETTLE, LOAD, ASK, WEIGHTS = range(9, 16)
+    JOIN, FETCH, PUSH, SETTLE, LOAD, BUFFERS, ASK, WEIGHTS, BEAT = range(9, 18)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,11 +6,12 @@ drives each direction. A closed connection is told once, and harms nobody else.
 
 import ctypes
 import socket
+import struct
 import threading
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any, cast
 
 import torch
@@ -30,17 +31,23 @@ GREETING = b"headrace weights"
 
 LONGEST_FRAME = 1 << 30
 
+CLOSED = "its connection was closed"
+
 Lost = Callable[[Exception], None]
 
 _CPU = torch.device("cpu")
 
 
 class SocketOutbox(threading.Thread, Outbox):
-    """Sends messages one after the other; `send` copies what is not on the CPU, and returns."""
+    """Sends messages one after the other; `send` copies what is not on the CPU, and returns.
 
-    def __init__(self, end: socket.socket, lost: Lost) -> None:
+    Args:
+        beat: seconds without a message after which it lets the other side know that it is there.
+    """
+
+    def __init__(self, end: socket.socket, lost: Lost, beat: float = 5.0) -> None:
         super().__init__(name="headrace-send", daemon=True)
-        self._socket, self._lost = end, lost
+        self._socket, self._lost, self._beat = end, lost, beat
         self._queue: SimpleQueue[tuple[Kind, bytearray, list[Tensor]]] = SimpleQueue()
         self.start()
 
@@ -59,13 +66,19 @@ class SocketOutbox(threading.Thread, Outbox):
         try:
             kind = None
             while kind is not Kind.CLOSE:
-                kind, frame, tensors = self._queue.get()
+                kind, frame, tensors = self._next()
                 self._socket.sendall(frame)
                 for tensor in tensors:
                     whole = tensor.contiguous()
                     self._socket.sendall(_memory(whole))
         except OSError as error:
-            self._lost(error)
+            self._lost(_why(error))
+
+    def _next(self) -> tuple[Kind, bytearray, list[Tensor]]:
+        try:
+            return self._queue.get(timeout=self._beat)
+        except Empty:
+            return Kind.BEAT, *encode(Message(Kind.BEAT))
 
 
 class SocketInbox(threading.Thread, Inbox):
@@ -74,11 +87,24 @@ class SocketInbox(threading.Thread, Inbox):
     Args:
         arrived: called, from a thread, for every message that is there.
         lost: called once, when the connection ends without a farewell.
+        silence: seconds without a message or a beat that are allowed; None: any number.
     """
 
-    def __init__(self, end: socket.socket, arrived: Callable[[], None], lost: Lost) -> None:
+    def __init__(
+        self,
+        end: socket.socket,
+        arrived: Callable[[], None],
+        lost: Lost,
+        silence: float | None = None,
+    ) -> None:
         super().__init__(name="headrace-receive", daemon=True)
         self._socket, self._arrived, self._lost = end, arrived, lost
+        self._silence = silence
+        if silence is not None:
+            # Of receiving alone: to send much over a slow link may take longer.
+            seconds = struct.pack("ll", int(silence), int(silence % 1 * 1e6))
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, seconds)
+        self.outside = silence is not None
         self._messages: deque[Message] = deque()
         self._room = threading.Semaphore(RECEIVE_AHEAD)
 
@@ -98,12 +124,15 @@ class SocketInbox(threading.Thread, Inbox):
             kind = None
             while kind is not Kind.CLOSE:
                 self._room.acquire()
-                message = self._receive()
+                while (message := self._receive()).kind is Kind.BEAT:
+                    pass
                 kind = message.kind
                 self._messages.append(message)
                 self._arrived()
+        except BlockingIOError:
+            self._lost(TimeoutError(f"it has been silent for {self._silence:.0f} s"))
         except Exception as error:  # of a frame that is none, any
-            self._lost(error)
+            self._lost(_why(error))
 
     def _receive(self) -> Message:
         head = bytearray(8)
@@ -126,7 +155,7 @@ class SocketInbox(threading.Thread, Inbox):
         while memory.nbytes:
             got = self._socket.recv_into(memory)
             if not got:
-                raise EOFError("the connection was closed")
+                raise EOFError(CLOSED)
             memory = memory[got:]
 
 
@@ -178,6 +207,11 @@ def _prepared(end: socket.socket) -> socket.socket:
     for level, option, value in options:
         end.setsockopt(level, option, value)
     return end
+
+
+def _why(error: Exception) -> Exception:
+    """What became of the other side, in words that do not depend on how much was under way."""
+    return EOFError(CLOSED) if isinstance(error, ConnectionError) else error
 
 
 def _memory(tensor: Tensor) -> memoryview:

@@ -322,8 +322,9 @@ class Stage:
 
     def gradient_norm(self) -> Tensor:
         """The 2-norm of the gradient that was loaded, 0-d."""
-        norm = get_total_norm([p.grad for p in self.owned.values() if p.grad is not None])
-        return norm.to(self.device)
+        grads = [p.grad for p in self.owned.values() if p.grad is not None]
+        values = [g.coalesce().values() if g.is_sparse else g for g in grads]
+        return get_total_norm(values).to(self.device)
 
     def update(self, norm: Tensor | None = None, finite: bool = True) -> None:
         """Move the weights on the gradient that was loaded, or skip; either makes a version.
@@ -369,7 +370,11 @@ class Stage:
         limit = self.settings.clip_grad_norm
         if limit is not None and self.owned:
             total = self.gradient_norm() if norm is None else norm
-            clip_grads_with_norm_(self.owned.values(), limit, total)
+            dense = [p for p in self.owned.values() if p.grad is None or not p.grad.is_sparse]
+            clip_grads_with_norm_(dense, limit, total)
+            for weight in self.owned.values():
+                if weight.grad is not None and weight.grad.is_sparse:
+                    weight.grad = weight.grad * (limit / (total + 1e-6)).clamp(max=1.0)
 
     @property
     def learning_rate(self) -> float:

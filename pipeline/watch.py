@@ -106,6 +106,16 @@ class Watch:
         self._thread.start()
         atexit.register(self.end_process_if_failed)
 
+    @property
+    def patience(self) -> float:
+        """Seconds of silence that are allowed until the first update."""
+        return self._timeout[0]
+
+    @property
+    def silence(self) -> float:
+        """Seconds of silence that are allowed after it."""
+        return self._timeout[1]
+
     # For the main thread -----------------------------------------------------------------------
 
     def idle(self, file: int | None = None, patient: bool = True) -> None:
@@ -134,7 +144,8 @@ class Watch:
     def learn(self, key: str) -> str:
         """Wait for what another rank tells with `share`."""
         while not self._store.check([key]):
-            self.idle()
+            self.bell.wait(0.01)
+            self.check()
         return bytes(self._store.get(key)).decode()
 
     def fail_by(self, error: BaseException, doing: str) -> None:
@@ -146,7 +157,9 @@ class Watch:
         if isinstance(error, InputError):
             if "killed by signal" in str(error.__cause__):
                 self._await_same_signal()
-            self.fail(str(error), code=2)
+            whose = self.names[self._rank]  # of several replicas, each has a loader
+            line = f"{whose}: {error}" if whose.startswith("replica") else str(error)
+            self.fail(line, code=2)
             return
         layer = layer_at_fault(error)
         where = ", ".join(filter(None, [layer, doing]))
@@ -177,7 +190,9 @@ class Watch:
         self._closed.set()
         self._thread.join(timeout=10)
         with suppress(dist.DistError):
-            self._store.set(f"beat/{self._rank}", json.dumps([CLOSED, 0, True, "", "", 0, ""]))
+            self._store.set(
+                f"beat/{self._rank}", json.dumps([CLOSED, 0, True, "closed", "", 0, ""])
+            )
         atexit.unregister(self.end_process_if_failed)
         for number, handler in self._handlers.items():
             signal.signal(number, handler)

@@ -34,7 +34,7 @@ class DelayCompensation(Correction):
     needs_weights = True
 
     def __init__(self, strength: float = 0.04) -> None:
-        if not 0 <= strength < math.inf:
+        if not isinstance(strength, int | float) or not 0 <= strength < math.inf:
             raise ValueError(f"strength={strength!r}: give a number, 0 or more")
         self.strength = float(strength)
 

@@ -58,10 +58,11 @@ class LearningRate(Correction):
             raise TypeError(f"factor={factor!r}: give a name, a number, or a function of τ")
 
     def factor(self, staleness: int) -> float:
-        value = float(self._factor(staleness))
-        if not 0 <= value < math.inf:
+        value = self._factor(staleness)
+        if not isinstance(value, int | float) or not 0 <= value < math.inf:
+            name = getattr(self._factor, "__name__", repr(self._factor))
             raise ValueError(
-                f"the factor of the learning rate is {value} for staleness {staleness}: the "
-                "function must give a number, 0 or more"
+                f"corrections: the factor {name} gave {value!r} for staleness {staleness}: it must "
+                "give a number, 0 or more"
             )
-        return value
+        return float(value)

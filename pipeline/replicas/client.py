@@ -2,7 +2,7 @@
 
 import socket
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from ..link import Link
 from ..message import Kind, Message
 from ..socket_channel import SocketInbox, SocketOutbox
 from .peers import Peers, Steps
-from .server import Server, pack
+from .server import Server, beat_of, pack
 
 if TYPE_CHECKING:
     from ..engine import Engine
@@ -36,6 +36,7 @@ class Connection:
         watch: whose bell rings when an answer is there.
         lost: called, from a thread, when the server is gone.
         emulated_link: how slow what we send is to be.
+        silence: seconds after which a server that says nothing is lost; None: never.
         own: the server, where it lives in this process.
     """
 
@@ -47,12 +48,13 @@ class Connection:
         lost: Callable[[Exception], None],
         emulated_link: Link | None = None,
         own: Server | None = None,
+        silence: float | None = None,
     ) -> None:
         self._watch, self._own = watch, own
-        self.outbox: Outbox = SocketOutbox(end, lost)
+        self.outbox: Outbox = SocketOutbox(end, lost, beat_of(silence))
         if emulated_link is not None:
             self.outbox = EmulatedLink(self.outbox, emulated_link, lost)
-        self._receiver = SocketInbox(end, watch.bell.ring, lost)
+        self._receiver = SocketInbox(end, watch.bell.ring, lost, silence)
         self._receiver.start()
         self.inbox: Inbox = self._receiver
         self.outbox.send(Message(Kind.JOIN, numbers=(float(replica),)))
@@ -123,24 +125,41 @@ class Client(Peers):
         """Wait for the answer to the oldest question, and take it in."""
         message = yield from engine.take(self._connection.inbox)
         self._asked -= 1
-        (tensors, _), stage = cast(tuple[list[Tensor], Any], message.body), engine.stage
-        self._note(stage, message)
-        self.take_in(stage, tensors)
+        tensors, buffers = cast(tuple[list[Tensor], list[Tensor]], message.body)
+        self._note(engine.stage, message)
+        self.take_in(engine.stage, tensors)
+        if buffers:  # what others have, before our own first update
+            self._load_buffers(engine.stage, buffers)
+
+    def rest(self, engine: "Engine") -> Steps:
+        if self.is_first and (buffers := self._buffers(engine.stage)):
+            self._connection.outbox.send(Message(Kind.BUFFERS, body=[*buffers]))
+        yield from ()
+
+    def _buffers(self, stage: "Stage") -> list[Tensor]:
+        return [buffer.detach().clone() for buffer in stage.layers.buffers()]
+
+    def _load_buffers(self, stage: "Stage", values: list[Tensor]) -> None:
+        with torch.no_grad():
+            for buffer, value in zip(stage.layers.buffers(), values, strict=True):
+                buffer.copy_(value)
 
     def settle(self, engine: "Engine") -> Steps:
         stage = engine.stage
         while self._asked:
             yield from self.hear(engine)
         self.push(stage)
-        buffers = [b.detach().clone() for b in stage.layers.buffers()]
-        self._connection.outbox.send(Message(Kind.SETTLE, body=[*buffers]))
+        yield from self.agree(engine)
+
+    def agree(self, engine: "Engine") -> Steps:
+        """Hold what the server has; with all other replicas of the job, once they are at rest."""
+        stage = engine.stage
+        self._connection.outbox.send(Message(Kind.SETTLE, body=[*self._buffers(stage)]))
         message = yield from engine.take(self._connection.inbox)
         self._note(stage, message)
         weights, kept = cast(tuple[list[Tensor], list[Tensor]], message.body)
         self.load(stage, weights)
-        with torch.no_grad():
-            for buffer, value in zip(stage.layers.buffers(), kept, strict=True):
-                buffer.copy_(value)
+        self._load_buffers(stage, kept)
 
     def publish(self, engine: "Engine") -> Steps:
         stage = engine.stage
@@ -148,7 +167,14 @@ class Client(Peers):
             weights = {name: weight.detach().clone() for name, weight in stage.owned.items()}
             body = pack(weights, list(stage.owned))
             self._connection.outbox.send(Message(Kind.LOAD, body=body))
+            buffers = self._buffers(stage)
+            self._connection.outbox.send(Message(Kind.BUFFERS, body=[*buffers]))
         yield from self.settle(engine)
+
+    @property
+    def outside(self) -> bool:
+        """Whether the server is another job's."""
+        return self._connection.inbox.outside
 
     is_first = False
     """Whether it speaks for all replicas."""

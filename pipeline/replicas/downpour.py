@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor
 
 from ..gradient import Gradient
+from ..grid import Grid
 from ..message import Kind, Message
 from ..settings import Settings
 from .client import Client, Connection
@@ -83,6 +84,11 @@ class Downpour(Served):
             check_number("sync", sync, words="None, 'hard' or ")
         if not warm_up_factor > 0:
             raise ValueError(f"warm_up_factor={warm_up_factor!r}: give a number above 0")
+        if warm_up_factor != 1 and not warm_up:
+            raise ValueError(
+                f"warm_up_factor={warm_up_factor!r} without warm_up: write how many updates "
+                "replica 0 makes alone before it"
+            )
         if hard and (n_fetch, n_push) != (1, 1):
             raise ValueError(
                 f"sync='hard' with n_fetch={n_fetch}, n_push={n_push}: all replicas wait for each "
@@ -98,7 +104,16 @@ class Downpour(Served):
         self.warm_up, self.warm_up_factor = warm_up, float(warm_up_factor)
 
     def protocol(self, replicas: int) -> Protocol:
-        """What it means for the server."""
+        """What it means for the server.
+
+        Raises:
+            ValueError: `sync` is more than there are replicas.
+        """
+        if isinstance(self.sync, int) and self.sync > replicas:
+            raise ValueError(
+                f"sync={self.sync} with {replicas} replicas: n-softsync is for n up to as many; "
+                "leave it out to apply each gradient as it comes"
+            )
         if self.sync == "hard":
             gradients = replicas
         else:
@@ -121,6 +136,11 @@ class Downpour(Served):
     ) -> Shard:
         training = range(replicas if present else 0)
         return Shard(stage, weights, settings, self.protocol(replicas), training)
+
+    def lay_out(self, ranks: int, rank: int, stages: int) -> Grid:
+        grid = super().lay_out(ranks, rank, stages)
+        self.protocol(grid.replicas if self.address is None else self.count or 1)
+        return grid
 
     def updates(self, updates: int, replicas: int) -> int:
         return math.ceil(updates / (self.n_push * self.protocol(replicas).gradients))

@@ -12,12 +12,13 @@ from ..message import Kind, Message
 from ..report import ShardStatistics
 from ..settings import Settings
 from .client import Client
-from .peers import Peers
+from .peers import Peers, Steps
 from .replicas import Meeting
 from .served import Served, check_number
 from .server import pack
 
 if TYPE_CHECKING:
+    from ..engine import Engine
     from ..stage import Stage
 
 __all__ = ["Centre", "Elastic"]
@@ -94,6 +95,7 @@ class Centre:
         self.weights = {name: w.detach().cpu().clone() for name, w in weights.items()}
         self.version = 0
         self.latest: dict[int, float] = {}
+        self.buffers: list[Tensor] = []
         self.staleness: Counter[int] = Counter()
         self.pushed: Counter[int] = Counter()
         self._apart: dict[int, dict[str, Tensor]] = {}
@@ -164,16 +166,22 @@ class Centre:
 
     def state_dict(self) -> dict[str, object]:
         """All that it would need to go on, copied."""
-        return {"weights": self.snapshot(), "version": self.version}
+        buffers = [buffer.clone() for buffer in self.buffers]
+        return {"weights": self.snapshot(), "buffers": buffers, "version": self.version}
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Go on from what `state_dict` gave."""
         self.load(state["weights"])  # type: ignore[arg-type]
+        self.buffers = list(state["buffers"])  # type: ignore[call-overload]
         self.version = int(state["version"])  # type: ignore[call-overload]
 
 
 class _Drawn(Client):
     """Trains by itself; offers its weights, and moves by what comes back."""
+
+    def _begin(self, engine: "Engine") -> Steps:
+        if self.outside:  # others may have been there before
+            yield from self.agree(engine)
 
     def push(self, stage: "Stage") -> None:
         weights = {name: weight.detach().clone() for name, weight in stage.owned.items()}

@@ -34,6 +34,8 @@ class Hogwild(Replicas):
 
     def __init__(self, count: int | None = None, *, lock: bool = False) -> None:
         super().__init__(count)
+        if not isinstance(lock, bool):
+            raise TypeError(f"lock={lock!r}: give True or False")
         self.lock, self._tears = lock, False
 
     def check(self, rules: Sequence[Rule], schedule: Schedule) -> None:

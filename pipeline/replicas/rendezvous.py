@@ -29,8 +29,8 @@ class Rendezvous:
 
     Args:
         address: "host:port".
-        keeps: whether it is this process that keeps it; the others look in.
         idle: sleep a moment.
+        keeps: whether it is this process that keeps it; the others look in.
         patience: seconds for which to try.
 
     Raises:
@@ -40,8 +40,8 @@ class Rendezvous:
     def __init__(
         self,
         address: str,
+        idle: Callable[[], None],
         keeps: bool = False,
-        idle: Callable[[], None] = lambda: None,
         patience: float = 60.0,
     ) -> None:
         host, port = split_address(address)
@@ -77,7 +77,7 @@ class Rendezvous:
     def vacate(self, replica: int) -> None:
         """Let somebody else have a replica's seat."""
         seat = bytes(self._store.get(f"replica/{replica}")).decode()
-        self._store.set(f"seat/{seat}", "")
+        self._store.compare_set(f"seat/{seat}", str(replica), "")
 
     # What a replica does -----------------------------------------------------------------------
 
@@ -129,14 +129,18 @@ class Rendezvous:
 
 def _knock(host: str, port: int, idle: Callable[[], None], patience: float) -> None:
     """Wait until somebody opens; a store's own waiting would not heed signals."""
-    end = time.monotonic() + patience
+    begun, told = time.monotonic(), False
     while True:
         try:
             socket.create_connection((host, port), timeout=1.0).close()
             return
         except OSError:
-            if time.monotonic() > end:
+            waited = time.monotonic() - begun
+            if waited > patience:
                 raise
+            if waited > 3 and not told:
+                print(f"headrace: waiting for the servers at {host}:{port}", flush=True)
+                told = True
             idle()
 
 

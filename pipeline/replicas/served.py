@@ -53,11 +53,18 @@ class Served(Replicas):
         check_number("prefetch", prefetch, least=0)
         check_number("checkpoint_every", checkpoint_every)
         self.beside, self.prefetch = beside, prefetch
+        if checkpoint is not None and not isinstance(checkpoint, str | Path):
+            raise TypeError(f"checkpoint={checkpoint!r}: give a folder's name")
         self.checkpoint = None if checkpoint is None else Path(checkpoint)
         self.checkpoint_every = checkpoint_every
         self.address = address
         if address is not None:
             split_address(address)
+            if beside:
+                raise ValueError(
+                    f"address={address!r} with beside=True: servers that are a job of their own "
+                    "are not beside a replica; leave one out"
+                )
         self._store: Rendezvous | None = None
         self._number = 0
 
@@ -90,7 +97,7 @@ class Served(Replicas):
         if self.address is None:
             return grid
         if grid.rank == 0:
-            self._store = Rendezvous(self.address, idle=watch.idle)
+            self._store = Rendezvous(self.address, watch.idle, patience=watch.patience)
             seat = self._store.take_seat(describe(dict(model.named_parameters())))
             watch.share("seat", json.dumps(seat))
         self._number, seat_, seats = json.loads(watch.learn("seat"))
@@ -109,12 +116,10 @@ class Served(Replicas):
             print(f"headrace: {note}", flush=True)
         members = Members(
             expected=set(range(grid.replicas)),
-            left=lambda replica, said: (
+            left=lambda replica, lost: (
                 None
-                if said
-                else watch.lost(
-                    replica * grid.stages + grid.stage, RuntimeError("its connection was closed")
-                )
+                if lost is None
+                else watch.lost(replica * grid.stages + grid.stage, RuntimeError(str(lost)))
             ),
         )
         return offer(shard, members, meeting, checkpoint)
@@ -153,16 +158,18 @@ class Served(Replicas):
             found = self._store.servers(meeting.grid.stages, watch.idle)
             watch.share("servers", json.dumps(found))
         host, port = split_address(json.loads(watch.learn("servers"))[stage])
+        kept = "; it was told to keep checkpoints" if self.checkpoint else ""
         return Connection(
             dial(host, port, PATIENCE),
             self._number,
             watch,
             lambda error: watch.fail(
-                f"the server of stage {stage} at {host}:{port} is gone ({first_line(error)}): its "
-                "last checkpoint is where it was started",
+                f"the server of stage {stage} (at {host}:{port}, of the servers at "
+                f"{self.address}) is gone: {first_line(error)}{kept}",
                 code=1,
             ),
             meeting.emulated_link,
+            silence=watch.silence,
         )
 
 

@@ -26,7 +26,7 @@ from ..message import Kind, Message
 from ..report import ShardStatistics
 from ..socket_channel import SocketInbox, SocketOutbox, greet, listen
 
-__all__ = ["Checkpoint", "Members", "Server", "Serves", "pack", "unpack"]
+__all__ = ["Checkpoint", "Members", "Server", "Serves", "beat_of", "pack", "unpack"]
 
 GOODBYE = 10.0
 
@@ -37,6 +37,7 @@ class Serves(Protocol):
     stage: int
     version: int
     latest: dict[int, float]
+    buffers: list[Tensor]
 
     def enter(self, replica: int) -> None: ...
     def leave(self, replica: int) -> None: ...
@@ -110,22 +111,28 @@ class Members:
 
     Args:
         expected: those that train from the beginning, and settle together; None: each for itself.
-        joined, left: called with the replica's number; `left` also with whether it said so.
+        joined, left: called with the replica's number; `left` also with how it was lost, or None
+            where it said goodbye.
     """
 
     expected: set[int] | None = None
     joined: Callable[[int], None] = lambda replica: None
-    left: Callable[[int, bool], None] = lambda replica, said: None
+    left: Callable[[int, Exception | None], None] = lambda replica, lost: None
     settled: set[int] = field(default_factory=set)
 
 
 @dataclass(eq=False)
 class _Client:
-    """A replica's connection; its number is known once it has joined."""
+    """A replica's connection; its number is known once it has joined.
+
+    Args:
+        pushed: something: until then it has nothing that the server has not.
+    """
 
     inbox: SocketInbox
     outbox: Outbox
     replica: int = -1
+    pushed: bool = False
 
 
 class Server:
@@ -135,6 +142,7 @@ class Server:
         failed: called with what went wrong in here.
         host: to listen at.
         emulated_link: how slow answers are to be.
+        silence: seconds after which a replica that says nothing is lost; None: never.
     """
 
     def __init__(
@@ -146,7 +154,9 @@ class Server:
         port: int = 0,
         emulated_link: Link | None = None,
         checkpoint: Checkpoint | None = None,
+        silence: float | None = None,
     ) -> None:
+        self._silence = silence
         self.shard, self.members, self._failed = shard, members, failed
         self._link, self._checkpoint = emulated_link, checkpoint
         self.handled = self.settlings = 0
@@ -154,7 +164,6 @@ class Server:
         self.port = int(self._door.getsockname()[1])
         self._queue: SimpleQueue[tuple[_Client, Exception | None] | None] = SimpleQueue()
         self._clients: list[_Client] = []
-        self._buffers: list[Tensor] = []
         self._saved_at, self._saving = shard.version, threading.Thread()
         self._thread = threading.Thread(target=self._run, name="headrace-server", daemon=True)
         self._thread.start()
@@ -192,10 +201,11 @@ class Server:
         # Both call back from threads; who it is from is known by then.
         found: list[_Client] = []
         lost = lambda error: self._queue.put((found[0], error))  # noqa: E731
-        outbox: Outbox = SocketOutbox(end, lost)
+        outbox: Outbox = SocketOutbox(end, lost, beat_of(self._silence))
         if self._link is not None:
             outbox = EmulatedLink(outbox, self._link, lost)
-        inbox = SocketInbox(end, lambda: self._queue.put((found[0], None)), lost)
+        arrived = lambda: self._queue.put((found[0], None))  # noqa: E731
+        inbox = SocketInbox(end, arrived, lost, self._silence)
         found.append(_Client(inbox, outbox))
         inbox.start()
 
@@ -206,7 +216,7 @@ class Server:
             while (item := self._queue.get()) is not None:
                 client, error = item
                 if error is not None:
-                    self._part(client, said=False)
+                    self._part(client, error)
                 elif (message := client.inbox.poll()) is not None:
                     self.handled += 1
                     self._handle(client, message)
@@ -229,24 +239,28 @@ class Server:
             self.members.joined(client.replica)
         elif message.kind is Kind.PUSH:
             samples, *versions = map(int, message.numbers)
+            client.pushed = True
             shard.take(replica, unpack(message.body, shard.names), samples, versions)
         elif message.kind is Kind.FETCH:
             shard.fetch(replica)
         elif message.kind is Kind.SETTLE:
             self._settle(client, cast(list[Tensor], message.body))
+        elif message.kind is Kind.BUFFERS:
+            shard.buffers = cast(list[Tensor], message.body)
         elif message.kind is Kind.LOAD:
             shard.load(unpack(message.body, shard.names))
         elif message.kind is Kind.ASK:
             numbers = tuple(map(float, shard.statistics.numbers()))
             client.outbox.send(Message(Kind.VALUE, numbers=numbers))
         elif message.kind is Kind.CLOSE:
-            self._part(client, said=True)
+            self._part(client, None)
 
     def _answer(self) -> None:
         for replica in self.shard.answers():
             for client in self._clients:
                 if client.replica == replica:
-                    client.outbox.send(self._weights(replica, self.shard.give(replica), []))
+                    buffers = [] if client.pushed else self.shard.buffers
+                    client.outbox.send(self._weights(replica, self.shard.give(replica), buffers))
 
     def _weights(self, replica: int, weights: dict[str, Tensor], buffers: list[Tensor]) -> Message:
         shard = self.shard
@@ -256,12 +270,16 @@ class Server:
 
     def _settle(self, client: _Client, buffers: list[Tensor]) -> None:
         members = self.members
+        # Statistics of normalisation: the first replica's are kept; of jobs that come and go, those
+        # of the latest to say, if it has trained.
         if members.expected is None:
+            if client.pushed or not self.shard.buffers:
+                self.shard.buffers = buffers
             weights = self.shard.hand_out([client.replica])
-            client.outbox.send(self._weights(client.replica, weights, buffers))
+            client.outbox.send(self._weights(client.replica, weights, self.shard.buffers))
             return
-        if client.replica == min(members.expected):
-            self._buffers = buffers  # statistics of normalisation: the first replica's are kept
+        if client.replica == min(members.expected) and (client.pushed or not self.shard.buffers):
+            self.shard.buffers = buffers
         members.settled.add(client.replica)
         self.shard.leave(client.replica)
         self._settle_all_if_due()
@@ -274,17 +292,17 @@ class Server:
         weights = self.shard.hand_out([each.replica for each in self._clients])
         for each in self._clients:
             self.shard.enter(each.replica)
-            each.outbox.send(self._weights(each.replica, weights, self._buffers))
+            each.outbox.send(self._weights(each.replica, weights, self.shard.buffers))
         members.settled.clear()
         self.settlings += 1
 
-    def _part(self, client: _Client, said: bool) -> None:
+    def _part(self, client: _Client, lost: Exception | None) -> None:
         if client not in self._clients:
             return
         self._clients.remove(client)
         self.shard.leave(client.replica)
         client.outbox.send(Message(Kind.CLOSE))  # ends its thread, too
-        self.members.left(client.replica, said)
+        self.members.left(client.replica, lost)
 
     def _save_if_due(self) -> None:
         due = self._checkpoint is not None
@@ -301,6 +319,11 @@ class Server:
             write()
         except Exception as error:
             self._failed(error)
+
+
+def beat_of(silence: float | None) -> float:
+    """Seconds between two signs of life, so that several fit into a silence."""
+    return 5.0 if silence is None else min(5.0, silence / 4)
 
 
 def pack(tensors: Mapping[str, Tensor], names: list[str]) -> list[Any]:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..corrections import Correction
-from ..errors import InputError
+from ..errors import InputError, first_line
 from ..grid import Grid
 from ..layers import materialise
 from ..partition import check_model
@@ -96,14 +96,15 @@ def serve(
     watch = Watch(world.store, "serve", world.rank, grid.names, timeout, pulse)
     try:
         # The first rank keeps the store, so it must be there before the others look in.
-        store = Rendezvous(address, keeps=True) if world.rank == 0 else None
+        store = Rendezvous(address, watch.idle, keeps=True) if world.rank == 0 else None
         if store is not None:
             store.open(replicas.count, describe(dict(model.named_parameters())))
             watch.share("open", "")
         watch.learn("open")
-        store = store or Rendezvous(address, idle=watch.idle)
+        store = store or Rendezvous(address, watch.idle)
         if world.rank == 0:
-            log(f"serving {stages} stages to {replicas.count} replicas at {address}")
+            things = f"{stages} stage{'s' * (stages > 1)} to {replicas.count} replica"
+            log(f"serving {things}{'s' * (replicas.count > 1)} at {address}")
         job = _Job(replicas, grid, model, settings, seed, store, watch, timeout[0], log)
         servers.append(job.start())
         job.wait(servers[0])
@@ -165,6 +166,7 @@ class _Job:
             lambda error: self.watch.fail_by(error, f"serving the weights of stage {stage}"),
             host,
             checkpoint=checkpoint,
+            silence=self.watch.silence,
         )
         self.store.announce(stage, f"{host}:{server.port}")
         return server
@@ -196,15 +198,16 @@ class _Job:
         self.attendance.came += 1
         self._say(f"replica {replica} has joined")
 
-    def _left(self, replica: int, said: bool) -> None:
+    def _left(self, replica: int, lost: Exception | None) -> None:
         self.attendance.there.discard(replica)
-        self.attendance.finished += said
-        how = "has finished" if said else "is gone: its connection was closed"
+        self.attendance.finished += lost is None
+        how = "has finished" if lost is None else f"is gone: {first_line(lost)}"
         self._say(f"replica {replica} {how}")
         if self.grid.stage == 0:
             self.store.vacate(replica)
 
     def _say(self, what: str) -> None:
         if self.grid.stage == 0:
-            many = len(self.attendance.there)
-            self.log(f"{what}; {many} {'is' if many == 1 else 'are'} training")
+            many, seats = len(self.attendance.there), self.replicas.count or 1
+            more = f", on the mini-batches of {seats}" if many > seats else ""
+            self.log(f"{what}; {many} {'is' if many == 1 else 'are'} training{more}")

@@ -25,8 +25,9 @@ class Protocol:
     """When gradients are applied, and who waits for whom.
 
     Args:
-        gradients: that make one update (c in Zhang et al. 2016); fewer, where fewer replicas train.
-        waits: a fetch waits until the replica's own gradient has been applied (hard sync).
+        gradients: that make one update (c in Zhang et al. 2016).
+        waits: a fetch waits until the replica's own gradient has been applied (hard sync); an
+            update then waits for no more gradients than there are replicas that train.
         bound: gradients that a replica may have pushed more than the slowest one; its fetches wait
             (stale-synchronous parallel, Ho et al. 2013). None: any number.
         warm_up: updates that the first replica makes alone.
@@ -64,6 +65,7 @@ class Shard:
         self.version = 0
         self.staleness: Counter[int] = Counter()
         self.latest: dict[int, float] = {}
+        self.buffers: list[Tensor] = []
         self.pushed: Counter[int] = Counter()
         self.training = set(replicas)
         self._lead: dict[int, int] = dict.fromkeys(self.training, 0)
@@ -205,7 +207,9 @@ class Shard:
         return self.pushed[replica] + self._lead.get(replica, 0)
 
     def _apply_if_due(self) -> None:
-        many = 1 if self.warms_up else min(self.protocol.gradients, max(1, len(self.training)))
+        many = 1 if self.warms_up else self.protocol.gradients
+        if self.protocol.waits:  # for those that are there
+            many = min(many, max(1, len(self.training)))
         if self._held.total() >= many:
             self._apply()
 
@@ -258,6 +262,7 @@ class Shard:
             "kinds": [type(each).__name__ for each in self.optimizers],
             "optimizers": copy.deepcopy([each.state_dict() for each in self.optimizers]),
             "schedulers": [scheduler.state_dict() for scheduler in self.schedulers],
+            "buffers": [buffer.clone() for buffer in self.buffers],
             "version": self.version,
             "staleness": dict(self.staleness),
             "pushed": dict(self.pushed - self._held),
@@ -277,6 +282,7 @@ class Shard:
             optimizer.load_state_dict(copy.deepcopy(saved))
         for scheduler, saved in zip(self.schedulers, state["schedulers"], strict=True):  # type: ignore[call-overload]
             scheduler.load_state_dict(saved)
+        self.buffers = list(state["buffers"])  # type: ignore[call-overload]
         self.version = int(state["version"])  # type: ignore[call-overload]
         self.staleness = Counter(state["staleness"])  # type: ignore[call-overload]
         self.pushed = Counter(state["pushed"])  # type: ignore[call-overload]

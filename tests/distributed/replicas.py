@@ -279,6 +279,42 @@ def account_of_pushes(stages: int, optimizer_rate: float = 0.05) -> dict[str, An
     return {"sums": sums, "weights": weights, "shards": shards, "first": first}
 
 
+def on_servers() -> dict[str, Any]:
+    """Every call, on two replicas of two stages and their servers."""
+    model = nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7), nn.Tanh(), nn.Linear(7, 3)).double()
+    data = [(x, y[:, :3]) for x, y in batches()]
+    with Pipeline(
+        model,
+        nn.MSELoss(),
+        sgd,
+        stages=2,
+        replicas=Downpour(2),
+        balance=[2, 2],
+        timeout=(30.0, 30.0),
+    ) as pipe:
+        sampler = DistributedSampler(TensorDataset(torch.zeros(9)), pipe.replicas, pipe.replica)
+        assert len(sampler) == 5
+        report = pipe.train(data)
+        scores = pipe.evaluate(data)
+        pipe.predict(data)
+        weights = pipe.state_dict()
+        pipe.load_state_dict(weights)
+        with pipe.record():
+            pipe.train(data)
+        pipe.measure_links()
+        pipe.drain()
+        rows = [(row.replica, row.stage) for row in pipe.statistics()]
+        return {
+            "replica": pipe.replica,
+            "replicas": pipe.replicas,
+            "report": (report.loss, report.samples),
+            "scores": scores,
+            "weights": list(weights),
+            "rows": rows,
+            "version": pipe.version if pipe.is_server else 0,
+        }
+
+
 class Device(nn.Module):
     """Takes 20 ms, forward and backward together, and next to no processor."""
 
@@ -448,21 +484,33 @@ def _pairs(many: int) -> list[Batch]:
     return [(x[:, :5], y[:, :3]) for x, y in batches_of(4 * many, 4)]
 
 
-def server_job(address: str, folder: str, rate: float) -> ShardStatistics:
+def server_job(
+    address: str,
+    folder: str,
+    rate: float,
+    sync: Any = None,
+    timeout: tuple[float, float] = (30.0, 20.0),
+) -> ShardStatistics:
     """Two replicas' servers, of two stages."""
-    replicas = Downpour(2, address=address, checkpoint=folder, checkpoint_every=5)
+    replicas = Downpour(2, address=address, checkpoint=folder, checkpoint_every=5, sync=sync)
     return serve(
         _slow_net(),
         lambda params: torch.optim.SGD(params, lr=rate),
         replicas,
         stages=2,
-        timeout=(30.0, 20.0),
+        timeout=timeout,
         log=lambda line: print(line, flush=True),
     )
 
 
 def replica_job(
-    address: str, rate: float, many: int, dies_at: int | None, wait_for: str | None = None
+    address: str,
+    rate: float,
+    many: int,
+    dies_at: int | None,
+    wait_for: str | None = None,
+    sync: Any = None,
+    timeout: tuple[float, float] = (30.0, 20.0),
 ) -> dict[str, Any]:
     """A replica that notes its pushes; it may die in the middle, its first rank by a signal."""
     random.seed(os.getpid())
@@ -475,9 +523,9 @@ def replica_job(
         nn.MSELoss(),
         lambda params: torch.optim.SGD(params, lr=rate),
         stages=2,
-        replicas=Downpour(2, address=address),
+        replicas=Downpour(2, address=address, sync=sync),
         balance=[2, 2],
-        timeout=(30.0, 20.0),
+        timeout=timeout,
     ) as pipe:
         engine = pipe._engines[0]
         tell(engine.stage.peers._connection, list(engine.stage.owned))

@@ -1,6 +1,7 @@
 """Replicas of a pipeline: in step they are one pipeline; out of step nothing is lost."""
 
 import math
+import re
 import signal
 from collections import Counter
 from pathlib import Path
@@ -25,6 +26,7 @@ from .replicas import (
     in_hard_sync,
     join_batches,
     lose,
+    on_servers,
     over_a_slow_link,
     refused,
     replica_job,
@@ -312,6 +314,19 @@ def test_each_sample_is_trained_on_once(launcher: Launcher, distributed: bool) -
     assert [len(each) for each in seen] == [8, 8, 8]
 
 
+def test_what_a_server_is_asked(launcher: Launcher) -> None:
+    """It makes the same calls, though it has no stage."""
+    outcome = launcher.run(on_servers, 6)
+    outcome.expect(*[0] * 6)
+    first, server = outcome.results[0], outcome.results[4]
+    assert server["replica"] == 0 and server["replicas"] == 2
+    assert server["scores"] == first["scores"] and server["report"] == first["report"]
+    assert server["weights"] == ["0.weight", "0.bias", "1.weight", "1.bias"]
+    assert set(server["weights"]) < set(first["weights"])
+    assert server["rows"] == first["rows"] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert server["version"] == 0
+
+
 # Sparse ----------------------------------------------------------------------------------------
 
 
@@ -336,7 +351,10 @@ def test_one_replica_of_a_sparse_model_is_serial(launcher: Launcher, kind: str) 
 
 
 def test_hogwild_loses_nothing(launcher: Launcher) -> None:
-    """Equal samples by one process, by two, by four: the loss within 2% (Niu et al. 2011)."""
+    """Equal samples by one process, by two, by four: a loss that is no more than 2% above.
+
+    The study has the whole problem, and both sides; this one is too small for that.
+    """
     losses = {}
     for many in (1, 2, 4):
         how = {"environment": {"TORCHELASTIC_RUN_ID": "here"}}
@@ -344,8 +362,8 @@ def test_hogwild_loses_nothing(launcher: Launcher) -> None:
         outcome.expect(*[0] * many)
         losses[many] = outcome.results[0]["loss"]
         assert sum(outcome.results[0]["staleness"].values()) == 4000
-    assert losses[2] == pytest.approx(losses[1], rel=0.02)
-    assert losses[4] == pytest.approx(losses[1], rel=0.02)
+    assert losses[2] < 1.02 * losses[1], losses
+    assert losses[4] < 1.02 * losses[1], losses
 
 
 def test_sparse_hogwild(launcher: Launcher) -> None:
@@ -464,6 +482,35 @@ def test_a_replica_that_dies_ends_nobody_else(launcher: Launcher, tmp_path: Path
                 if name in died:
                     total = died[name] + own[0][name] + own[1][name]
                     torch.testing.assert_close(moved[name], total, rtol=0, atol=1e-9)
+
+
+def test_a_stopped_replica_is_let_go(launcher: Launcher, tmp_path: Path) -> None:
+    """In hard sync, too, where the other waits for it until then."""
+    address, timeout = f"127.0.0.1:{free_port()}", (30.0, 3.0)
+    servers = launcher.start(server_job, 2, address, str(tmp_path), RATE, "hard", timeout)
+    steady = launcher.start(replica_job, 2, address, RATE, 200, None, None, "hard", timeout)
+    stopped = launcher.start(replica_job, 2, address, RATE, 2000, None, None, "hard", (30.0, 60.0))
+    stopped.wait_for("batch-20")
+    stopped.signal(signal.SIGSTOP)
+    outcome = steady.wait()
+    outcome.expect(0, 0)
+    assert outcome.results[0]["sums"]["count"] == 100
+    done = servers.wait()
+    done.expect(0, 0)
+    (line,) = (line for line in done.out[0].splitlines() if "gone" in line)
+    assert re.match(r"replica \d is gone: it has been silent for 3 s; 1 is training", line)
+    stopped.signal(signal.SIGKILL)
+
+
+def test_stopped_servers_are_named(launcher: Launcher, tmp_path: Path) -> None:
+    servers, address = start_servers(launcher, tmp_path)
+    replica = launcher.start(replica_job, 2, address, RATE, 5000, None, None, None, (30.0, 3.0))
+    replica.wait_for("batch-20")
+    servers.signal(signal.SIGSTOP)
+    outcome = replica.wait()
+    outcome.expect(1, 1)
+    assert re.match(r"headrace: the server of stage \d \(at .*silent for 3 s", outcome.report)
+    servers.signal(signal.SIGKILL)
 
 
 def test_servers_that_die_end_their_replicas(launcher: Launcher, tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ def test_what_is_no_factor_is_named(factor: Any) -> None:
 def test_a_function_that_gives_no_factor_is_told_so(value: float) -> None:
     correction = LearningRate(lambda age: value if age == 3 else 1)
     assert correction.factor(2) == 1
-    with pytest.raises(ValueError, match=f"is {value} for staleness 3: the function must give"):
+    with pytest.raises(ValueError, match=f"gave {value} for staleness 3: it must give a number"):
         correction.factor(3)
 
 
@@ -431,6 +431,6 @@ def test_an_error_of_a_users_function_names_the_staleness() -> None:
         tanh_net(), MSE, momentum, stages=3, balance=SIZES[3],
         corrections=[LearningRate(lambda age: -1.0 if age == 2 else 1.0)],
     )  # fmt: skip
-    with pytest.raises(ValueError, match=r"is -1.0 for staleness 2") as caught:
+    with pytest.raises(ValueError, match=r"gave -1.0 for staleness 2") as caught:
         pipe.train(batches_of(60, 5))
     assert any("stage 0 of 3" in note for note in caught.value.__notes__)

@@ -407,3 +407,28 @@ def test_a_loader_may_use_its_memory_again(rule: str, stages: int) -> None:
         pipe.train(loader)
         states.append(pipe.state_dict())
     assert_same(*states)
+
+
+def test_clipping_counts_sparse_gradients_in() -> None:
+    """A bag of sparse rows, and one of dense: the same weights."""
+
+    def train(sparse: bool) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.EmbeddingBag(9, 4, mode="sum", sparse=sparse), nn.Linear(4, 2))
+        generator = torch.Generator().manual_seed(1)
+        loader = [
+            (
+                torch.randint(0, 9, (5, 3), generator=generator),
+                torch.randn(5, 2, generator=generator),
+            )
+            for _ in range(12)
+        ]
+        with Pipeline(
+            model, nn.MSELoss(), lambda p: torch.optim.SGD(p, lr=1.0), clip_grad_norm=0.05
+        ) as pipe:
+            pipe.train(loader)
+        return model.state_dict()
+
+    one, other = train(True), train(False)
+    for name, value in one.items():
+        torch.testing.assert_close(value, other[name])

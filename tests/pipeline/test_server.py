@@ -148,7 +148,7 @@ def open_server() -> Iterator[Open]:
         joined: queue.Queue[int] = queue.Queue()
         left: queue.Queue[tuple[int, bool]] = queue.Queue()
         failed: queue.Queue[Exception] = queue.Queue()
-        members = Members(expected, joined.put, lambda replica, said: left.put((replica, said)))
+        members = Members(expected, joined.put, lambda r, lost: left.put((r, lost is None)))
         server = Server(shard, members, failed.put, **more)
         places.append(Place(server, joined, left, failed, []))
         allowed.append(fails)
@@ -315,7 +315,7 @@ def test_settling_waits_for_all_and_gives_everybody_the_same(open_server: Open) 
     place = open_server(make_shard(Protocol(3), replicas=3), {0, 1, 2})
     replicas = place.meet(0, 1, 2)
     tensors = gradients(seeded(5))
-    replicas[1].push(tensors, 0)
+    replicas[0].push(tensors, 0)  # from here on its buffers count
     for round_ in range(3):
         for replica in (replicas[2], replicas[0]):
             replica.settle(torch.tensor([10.0 * round_ + replica.number]))
@@ -475,7 +475,7 @@ def test_a_farewell_is_answered_and_told(open_server: Open) -> None:
 
 def test_one_that_comes_late_trains_on_what_is_there(open_server: Open) -> None:
     """Without anybody expected each settles for itself, and may come whenever it likes."""
-    place = open_server(make_shard(Protocol(2), replicas=0))
+    place = open_server(make_shard(Protocol(2, waits=True), replicas=0))
     (first,) = place.meet(4)
     generator, weights = seeded(1), start_weights()
     for k in range(5):
@@ -670,3 +670,27 @@ def adagrad(parameters: Any) -> torch.optim.Optimizer:
 
 def settings(optimizer: Any) -> Settings:
     return Settings(loss_fn=torch.nn.Identity(), optimizer=optimizer)
+
+
+def test_buffers_of_those_who_trained_go_to_those_who_come(
+    open_server: Open, tmp_path: Path
+) -> None:
+    """Statistics of normalisation: with the first answer, at rest, and in the checkpoint."""
+    checkpoint = Checkpoint(tmp_path / "stage-1.pt", 1)
+    place = open_server(make_shard(replicas=0), checkpoint=checkpoint)
+    (first,) = place.meet(0)
+    first.push(gradients(seeded(0)), 0)
+    first.send(Kind.BUFFERS, body=[torch.tensor([3.0])])
+    first.send(Kind.FETCH)
+    assert len(leaves(first.hear(Kind.WEIGHTS).body)) == len(NAMES), "it has its own"
+    (late,) = place.meet(1)
+    late.send(Kind.FETCH)
+    *_, buffer = leaves(late.hear(Kind.WEIGHTS).body)
+    assert buffer.tolist() == [3]
+    late.settle(torch.tensor([0.0]))  # as it was built
+    *_, buffer = leaves(late.hear(Kind.WEIGHTS).body)
+    assert buffer.tolist() == [3], "not its own: it has not trained"
+    place.server.close()
+    again = make_shard(replicas=0)
+    checkpoint.resume(again)
+    assert [each.tolist() for each in again.buffers] == [[3]]

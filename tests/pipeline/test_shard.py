@@ -388,8 +388,18 @@ def test_one_that_comes_back_does_not_hold_the_others_up() -> None:
     assert fetch(shard, 0) == []
 
 
-def test_softsync_needs_more_again_when_one_enters() -> None:
-    shard = make(Protocol(2), replicas=[0])
+def test_softsync_takes_as_many_whoever_is_there() -> None:
+    """Nobody waits for an update, so nobody's absence makes it smaller."""
+    shard = make(Protocol(2), replicas=[0, 1])
+    shard.leave(1)
+    push(shard, 0, 1.0)
+    assert shard.version == 0
+    push(shard, 0, 3.0)
+    assert (w(shard), shard.version) == (-2, 1)
+
+
+def test_hard_sync_needs_more_again_when_one_enters() -> None:
+    shard = make(Protocol(2, waits=True), replicas=[0])
     push(shard, 0, 1.0)
     assert shard.version == 1
     shard.enter(1)
