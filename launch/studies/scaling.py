@@ -148,7 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     many = setting.replicas
     slowly = f", {options.link_ms:g} ms on every link" if link else ""
     say(
-        f"EMULATED devices: {many} replicas of {setting.stages} stages, {options.ms:g} ms a "
+        f"EMULATED devices: {many} replicas x {setting.stages} stages, {options.ms:g} ms a "
         f"micro-batch{slowly}; medians of {options.rounds}\n"
         f"{'':<18}{'updates/s':>11}{'of linear':>11}   "
         f"{f'one {SLOWDOWN:g}x slower: the others, of linear':<42}{'the slow one, of its own pace'}"

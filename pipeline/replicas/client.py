@@ -80,7 +80,7 @@ class Client(Peers):
     def __init__(self, connection: Connection, n_fetch: int, n_push: int, prefetch: int) -> None:
         self._connection, self._prefetch = connection, prefetch
         self._n_fetch, self._n_push = n_fetch, n_push
-        self._updates = self._asked = 0
+        self._updates = self._pushed = self._asked = 0
         self._began = False
         self.version = 0
 
@@ -108,7 +108,7 @@ class Client(Peers):
     def refresh(self, engine: "Engine") -> Steps:
         self._updates += 1
         if self._updates % self._n_push == 0:
-            self.push(engine.stage)
+            self._push(engine.stage)
         if self._updates % self._n_fetch == 0:
             self.fetch()
         while self._asked > self._prefetch:
@@ -148,8 +148,13 @@ class Client(Peers):
         stage = engine.stage
         while self._asked:
             yield from self.hear(engine)
-        self.push(stage)
+        if self._updates > self._pushed:
+            self._push(stage)
         yield from self.agree(engine)
+
+    def _push(self, stage: "Stage") -> None:
+        self._pushed = self._updates
+        self.push(stage)
 
     def agree(self, engine: "Engine") -> Steps:
         """Hold what the server has; with all other replicas of the job, once they are at rest."""
