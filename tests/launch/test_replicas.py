@@ -116,7 +116,7 @@ def test_a_signal_ends_the_servers(folder: Path) -> None:
     count = ["--pipeline.replicas", "downpour", "--pipeline.replicas.init_args.count", "2"]
     servers = start("serve", 1, "--stages", "1", *count, *address)
     assert servers.stdout is not None
-    assert servers.stdout.readline().startswith("serving 1 stages to 2 replicas at")
+    assert servers.stdout.readline().startswith("serving 1 stage to 2 replicas at")
     servers.send_signal(signal.SIGTERM)
     _, err = finish(servers, code=1)
     assert "headrace: stopped by SIGTERM" in err
