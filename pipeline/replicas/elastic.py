@@ -164,16 +164,16 @@ class Centre:
         staleness, pushed = dict(self.staleness), dict(self.pushed)
         return ShardStatistics(self.stage, self.version, None, staleness, pushed)
 
-    def state_dict(self) -> dict[str, object]:
+    def state_dict(self) -> dict[str, Any]:
         """All that it would need to go on, copied."""
         buffers = [buffer.clone() for buffer in self.buffers]
         return {"weights": self.snapshot(), "buffers": buffers, "version": self.version}
 
-    def load_state_dict(self, state: Mapping[str, object]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` gave."""
-        self.load(state["weights"])  # type: ignore[arg-type]
-        self.buffers = list(state["buffers"])  # type: ignore[call-overload]
-        self.version = int(state["version"])  # type: ignore[call-overload]
+        self.load(state["weights"])
+        self.buffers = list(state["buffers"])
+        self.version = int(state["version"])
 
 
 class _Drawn(Client):

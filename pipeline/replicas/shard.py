@@ -8,6 +8,7 @@ import copy
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -255,7 +256,7 @@ class Shard:
         if self.version in self._kept:
             self._kept[self.version] = self.give(self._first)
 
-    def state_dict(self) -> dict[str, object]:
+    def state_dict(self) -> dict[str, Any]:
         """All that it would need to go on, copied."""
         return {
             "weights": self.snapshot(),
@@ -268,22 +269,22 @@ class Shard:
             "pushed": dict(self.pushed - self._held),
         }
 
-    def load_state_dict(self, state: Mapping[str, object]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` gave.
 
         Raises:
             ValueError: it is of other weights, or another optimizer.
         """
-        self.load(state["weights"])  # type: ignore[arg-type]
+        self.load(state["weights"])
         kinds = [type(each).__name__ for each in self.optimizers]
         if state["kinds"] != kinds:
             raise ValueError(f"the state of {state['kinds']}, where {kinds} is wanted")
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):  # type: ignore[call-overload]
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(copy.deepcopy(saved))
-        for scheduler, saved in zip(self.schedulers, state["schedulers"], strict=True):  # type: ignore[call-overload]
+        for scheduler, saved in zip(self.schedulers, state["schedulers"], strict=True):
             scheduler.load_state_dict(saved)
-        self.buffers = list(state["buffers"])  # type: ignore[call-overload]
-        self.version = int(state["version"])  # type: ignore[call-overload]
-        self.staleness = Counter(state["staleness"])  # type: ignore[call-overload]
-        self.pushed = Counter(state["pushed"])  # type: ignore[call-overload]
+        self.buffers = list(state["buffers"])
+        self.version = int(state["version"])
+        self.staleness = Counter(state["staleness"])
+        self.pushed = Counter(state["pushed"])
         self._lead = {each: -self.pushed[each] for each in self.training}

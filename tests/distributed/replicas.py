@@ -26,7 +26,6 @@ from headrace.pipeline.replicas import (
     Replicas,
     allreduce,
 )
-from headrace.pipeline.replicas.client import Client
 from headrace.pipeline.replicas.serving import serve
 from headrace.pipeline.report import ShardStatistics
 from headrace.pipeline.rules import Delayed, Local, Synthetic
@@ -42,7 +41,6 @@ __all__ = [
     "batches",
     "join_batches",
     "run_cases",
-    "run_many",
     "sgd",
 ]
 
@@ -133,7 +131,6 @@ def run(case: Case, stages: int, uneven: bool = False) -> Account:
     """Train twice without a drain, evaluate, train again, load other weights, train once more."""
     loader = batches(uneven)
     with (
-        warnings_off(),
         Pipeline(
             case.model(),
             nn.MSELoss(),
@@ -166,18 +163,6 @@ def run(case: Case, stages: int, uneven: bool = False) -> Account:
         )
 
 
-class warnings_off:  # noqa: N801
-    """Hogwild under copies of the weights is warned of, and meant."""
-
-    def __enter__(self) -> None:
-        import warnings
-
-        warnings.simplefilter("ignore")
-
-    def __exit__(self, *_: Any) -> None:
-        pass
-
-
 def run_cases(
     cases: str, stages: int, uneven: bool = False, small: int | None = None
 ) -> dict[str, Account]:
@@ -190,10 +175,6 @@ def run_cases(
         allreduce.SMALL = small
     chosen = {"in step": IN_STEP, "kinds": KINDS}[cases]
     return {name: run(case, stages, uneven) for name, case in chosen.items()}
-
-
-def run_many(case: Case, stages: int) -> Account:
-    return run(case, stages)
 
 
 # Downpour ------------------------------------------------------------------------------------
@@ -228,7 +209,6 @@ class Restless(nn.Module):
 
 def watch_pushes(sums: dict[str, Any]) -> None:
     """Note what is pushed from here: how many, and their sum."""
-    push = Client.push
 
     def tell(connection: Any, names: list[str]) -> None:
         send = connection.outbox.send
@@ -246,7 +226,6 @@ def watch_pushes(sums: dict[str, Any]) -> None:
 
         connection.outbox.send = noting
 
-    del push
     sums["watch"] = tell
 
 
