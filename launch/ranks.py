@@ -1,14 +1,16 @@
 """The processes torchrun started, beside a pipeline: who we are, and one voice for errors."""
 
 import os
+import signal
 import sys
 import time
 from datetime import timedelta
+from types import FrameType
 from typing import NoReturn
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-__all__ = ["check_stages", "hear", "processes", "rank", "refuse", "tell"]
+__all__ = ["check_stages", "hear", "processes", "rank", "refuse", "refuse_error", "stop", "tell"]
 
 _PATIENCE = timedelta(seconds=60)
 
@@ -68,6 +70,21 @@ def refuse(message: str) -> NoReturn:
         # torchrun ends all processes as soon as one has ended: not before the line is out.
         store.wait([_key("printed")], timedelta(seconds=5))
     raise SystemExit(2)
+
+
+def refuse_error(error: Exception) -> NoReturn:
+    """Refuse in an error's one line, unless a pipeline under torchrun has printed it already."""
+    if getattr(error, "headrace_reported", False):
+        sys.stdout.flush()
+        os._exit(2)  # the backend's threads may still wait, so Python must not end by itself
+    refuse(str(error))
+
+
+def stop(number: int, frame: FrameType | None) -> None:
+    """End on a signal, and say so, once."""
+    if rank() == 0:
+        sys.stderr.write(f"headrace: stopped by {signal.Signals(number).name}\n")
+    raise SystemExit(128 + number)
 
 
 def _store() -> TCPStore:

@@ -6,15 +6,12 @@ Each replica is then `torchrun --nproc-per-node STAGES -m headrace.launch.train 
 the same configuration; it may come late, and one that dies does not end the others.
 """
 
-import os
 import signal
 import sys
 from collections.abc import Sequence
-from types import FrameType
 
 import torch
 
-from headrace.pipeline.errors import InputError
 from headrace.pipeline.replicas.served import Served
 from headrace.pipeline.replicas.serving import serve
 
@@ -30,23 +27,20 @@ from .assemble import (
 from .components import build
 from .config import Config, parse
 from .display import bars
-from .ranks import rank, refuse
+from .ranks import refuse_error, stop
 
 __all__ = ["main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and serve; ends the process with 2 where that cannot be done."""
-    signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGTERM, stop)
     try:
         config = parse(sys.argv[1:] if arguments is None else arguments)
         torch.set_num_threads(config.threads or 1)
         _serve(config)
-    except (ValueError, TypeError, InputError) as error:
-        if getattr(error, "headrace_reported", False):
-            sys.stdout.flush()
-            os._exit(2)  # the backend's threads may still wait, so Python must not end by itself
-        refuse(str(error))
+    except (ValueError, TypeError) as error:
+        refuse_error(error)
 
 
 def _serve(config: Config) -> None:
@@ -79,12 +73,6 @@ def _updates(config: Config) -> int | None:
     if not uses_total(config.scheduler):
         return None
     return updates(config, make_loader(config, "data.train", config.data.train))
-
-
-def _stop(number: int, frame: FrameType | None) -> None:
-    if rank() == 0:
-        sys.stderr.write(f"headrace: stopped by {signal.Signals(number).name}\n")
-    raise SystemExit(128 + number)
 
 
 if __name__ == "__main__":

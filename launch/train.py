@@ -3,14 +3,12 @@
 torchrun --nproc-per-node N -m headrace.launch.train --config FILE [--dotted.key VALUE ...]
 """
 
-import os
 import signal
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
@@ -31,7 +29,7 @@ from .assemble import (
 )
 from .config import Config, parse
 from .journal import Journal
-from .ranks import check_stages, hear, rank, refuse, tell
+from .ranks import check_stages, hear, rank, refuse_error, stop, tell
 
 __all__ = ["main"]
 
@@ -39,7 +37,7 @@ __all__ = ["main"]
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and train; ends the process with 2 where that cannot be done."""
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _stop)
+        signal.signal(number, stop)
     try:
         config = parse(sys.argv[1:] if arguments is None else arguments)
         replicas = make_replicas(config.pipeline)
@@ -51,26 +49,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         data = _make_data(config, grid)
         pipe = make_pipeline(config, make_model(config), data.updates)
     except (ValueError, TypeError) as error:
-        _refuse(error)
+        refuse_error(error)
     try:
         with pipe:
             _run(config, data, pipe)
     except InputError as error:
-        _refuse(error)
-
-
-def _refuse(error: Exception) -> NoReturn:
-    """End with the error's one line, unless a pipeline under torchrun has printed it already."""
-    if getattr(error, "headrace_reported", False):
-        sys.stdout.flush()
-        os._exit(2)  # the backend's threads may still wait, so Python must not end by itself
-    refuse(str(error))
-
-
-def _stop(number: int, frame: FrameType | None) -> None:
-    if rank() == 0:
-        sys.stderr.write(f"headrace: stopped by {signal.Signals(number).name}\n")
-    raise SystemExit(128 + number)
+        refuse_error(error)
 
 
 @dataclass(frozen=True)

@@ -30,9 +30,8 @@ __all__ = [
 def lay_out(stages: int | None, replicas: Any, world: World | None) -> Grid:
     """Who is who: as many stages as told, if there are as many ranks; or one for each rank."""
     ranks = world.size if world else None
-    if stages is not None and (isinstance(stages, bool) or not isinstance(stages, int)):
-        raise ValueError(f"stages={stages!r}: give a whole number >= 1")
-    if stages is not None and stages < 1:
+    whole = isinstance(stages, int) and not isinstance(stages, bool)
+    if stages is not None and not (whole and stages >= 1):
         raise ValueError(f"stages={stages!r}: give a whole number >= 1")
     rank = world.rank if world else 0
     if replicas is not None:

@@ -131,7 +131,7 @@ class Blueprint:
         for j, own in zip(mine, links, strict=True):
             if j == 0:
                 own.from_upstream = source
-            stage = self._make_stage(cut, j, own)
+            stage = self._make_stage(cut, j)
             engines.append(Engine(stage, self.schedule, self.depths, own))
         return engines
 
@@ -139,7 +139,7 @@ class Blueprint:
         """Serve a stage's weights in this process, which has no stage."""
         assert self.watch is not None and self.replicas is not None
         layers = self._make_layers(cut, self.grid.stage)
-        return Serving(self.replicas.serve(self._meeting(layers, Links())), self.watch)
+        return Serving(self.replicas.serve(self._meeting(layers)), self.watch)
 
     def _make_layers(self, cut: Partition, index: int) -> Layers:
         layers = [(cost.name, self.model.get_submodule(cost.name)) for cost in cut.stages[index]]
@@ -147,10 +147,10 @@ class Blueprint:
             materialise(name, layer, self.seed, self.device)
         return Layers(layers).to(self.device)
 
-    def _make_stage(self, cut: Partition, index: int, links: Links) -> Stage:
+    def _make_stage(self, cut: Partition, index: int) -> Stage:
         layers, settings, peers = self._make_layers(cut, index), self.settings, None
         if self.replicas is not None:
-            peers = self.replicas.join(self._meeting(layers, links))
+            peers = self.replicas.join(self._meeting(layers))
             settings = self.replicas.settings(settings)
         # The global state is a plain loop's. Where loaders of several replicas must draw the same
         # order from it, layers leave it alone.
@@ -172,11 +172,9 @@ class Blueprint:
             peers,
         )
 
-    def _meeting(self, layers: Layers, links: Links) -> Meeting:
+    def _meeting(self, layers: Layers) -> Meeting:
         assert self.watch is not None
-        return Meeting(
-            self.grid, layers, links, self.settings, self.device, self.watch, self.emulated_link
-        )
+        return Meeting(self.grid, layers, self.settings, self.watch, self.emulated_link)
 
     def _ahead(self, index: int) -> int | None:
         """Micro-batches sent on at most of which nothing has come back yet, where a stage does not

@@ -101,7 +101,10 @@ class Centre:
         self._apart: dict[int, dict[str, Tensor]] = {}
         self._fetching: list[int] = []
 
-    learning_rates: list[float] = []  # noqa: RUF012
+    @property
+    def learning_rates(self) -> list[float]:
+        """It has no optimizer."""
+        return []
 
     @property
     def names(self) -> list[str]:

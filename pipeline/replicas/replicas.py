@@ -5,10 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
 from torch import nn
 
-from ..channel import Links
 from ..grid import Grid
 from ..layers import Layers
 from ..link import Link
@@ -36,9 +34,7 @@ class Meeting:
 
     grid: Grid
     layers: Layers
-    links: Links
     settings: Settings
-    device: torch.device
     watch: "Watch"
     emulated_link: Link | None = None
 

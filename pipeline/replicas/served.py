@@ -100,8 +100,8 @@ class Served(Replicas):
             self._store = Rendezvous(self.address, watch.idle, patience=watch.patience)
             seat = self._store.take_seat(describe(dict(model.named_parameters())))
             watch.share("seat", json.dumps(seat))
-        self._number, seat_, seats = json.loads(watch.learn("seat"))
-        return replace(grid, seat=seat_, seats=seats)
+        self._number, place, seats = json.loads(watch.learn("seat"))
+        return replace(grid, seat=place, seats=seats)
 
     def agree(self, cut: Partition | None) -> Partition | None:
         return cut if self._store is None else self._store.agree(cut)

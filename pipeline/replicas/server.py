@@ -164,7 +164,8 @@ class Server:
         self.port = int(self._door.getsockname()[1])
         self._queue: SimpleQueue[tuple[_Client, Exception | None] | None] = SimpleQueue()
         self._clients: list[_Client] = []
-        self._saved_at, self._saving = shard.version, threading.Thread()
+        self._saved_at = shard.version
+        self._saving: threading.Thread | None = None
         self._thread = threading.Thread(target=self._run, name="headrace-server", daemon=True)
         self._thread.start()
         threading.Thread(target=self._open_door, name="headrace-door", daemon=True).start()
@@ -182,7 +183,8 @@ class Server:
         self._queue.put(None)
         self._thread.join(GOODBYE)
         if self._checkpoint is not None:
-            self._saving.join() if self._saving.ident else None
+            if self._saving is not None:
+                self._saving.join()
             self._checkpoint.write(self.shard.state_dict())
 
     # Connections -------------------------------------------------------------------------------
@@ -305,14 +307,15 @@ class Server:
         self.members.left(client.replica, lost)
 
     def _save_if_due(self) -> None:
-        due = self._checkpoint is not None
-        if due and self.shard.version - self._saved_at >= cast(Checkpoint, self._checkpoint).every:
-            if self._saving.ident is not None and self._saving.is_alive():
-                return  # one at a time
-            self._saved_at = self.shard.version
-            write = partial(cast(Checkpoint, self._checkpoint).write, self.shard.state_dict())
-            self._saving = threading.Thread(target=self._guarded, args=[write], daemon=True)
-            self._saving.start()
+        checkpoint, shard = self._checkpoint, self.shard
+        if checkpoint is None or shard.version - self._saved_at < checkpoint.every:
+            return
+        if self._saving is not None and self._saving.is_alive():
+            return  # one at a time
+        self._saved_at = shard.version
+        write = partial(checkpoint.write, shard.state_dict())
+        self._saving = threading.Thread(target=self._guarded, args=[write], daemon=True)
+        self._saving.start()
 
     def _guarded(self, write: Callable[[], None]) -> None:
         try:

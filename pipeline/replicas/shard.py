@@ -275,10 +275,10 @@ class Shard:
         Raises:
             ValueError: it is of other weights, or another optimizer.
         """
-        self.load(state["weights"])
         kinds = [type(each).__name__ for each in self.optimizers]
         if state["kinds"] != kinds:
             raise ValueError(f"the state of {state['kinds']}, where {kinds} is wanted")
+        self.load(state["weights"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(copy.deepcopy(saved))
         for scheduler, saved in zip(self.schedulers, state["schedulers"], strict=True):
