@@ -221,7 +221,9 @@ def watch_pushes(sums: dict[str, Any]) -> None:
                     assert isinstance(value, Tensor)
                     sums[name] = sums.get(name, 0) + value.clone()
                 if "file" in sums:
-                    torch.save(sums, sums["file"])
+                    both = zip(names, message.body, strict=True)
+                    sums.setdefault("each", []).append({n: v.clone() for n, v in both})  # type: ignore[union-attr]
+                    torch.save(sums["each"], sums["file"])
             send(message)
 
         connection.outbox.send = noting
@@ -522,6 +524,7 @@ def replica_job(
                 time.sleep(0.01)
         weights = pipe.state_dict()
     sums.pop("file")
+    sums.pop("each")
     return {"sums": sums, "weights": weights, "replica": pipe.replica}
 
 
