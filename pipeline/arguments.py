@@ -10,18 +10,19 @@ from .corrections import Correction
 from .grid import Grid
 from .link import Link
 from .loss import name_of
-from .replicas import Replicas
+from .replicas import Hogwild, Replicas
 from .rules import Rule
 from .schedule import SCHEDULES, Schedule
 from .world import World
 
 __all__ = [
     "check_choices",
-    "check_compared",
     "check_corrections",
     "check_counts",
+    "check_fitting",
     "check_kinds",
     "check_rules",
+    "check_shared",
     "check_timeout",
     "lay_out",
 ]
@@ -79,16 +80,62 @@ def check_corrections(corrections: Any) -> None:
             )
 
 
-def check_compared(
+def check_fitting(
     corrections: Sequence[Correction], rules: Sequence[Rule], schedule: Schedule
 ) -> None:
-    """Refuse corrections of the stages' own that need weights which their rules do not keep."""
+    """Refuse corrections of the stages' own that ask of a rule what it does not do."""
     late = [] if schedule.flushes else [rule for rule in rules[:-1] if rule.ahead is None]
     for correction in corrections:
+        name = f"corrections= has a {type(correction).__name__}"
         if correction.needs_weights and not all(rule.keeps_weights for rule in late):
             raise ValueError(
-                f"corrections= has a {type(correction).__name__}, which compares with the weights "
-                "of the forward, and a rule does not keep them: write rule=Delayed(weights='stash')"
+                f"{name}, which compares with the weights of the forward, and a rule does not keep "
+                "them: write rule=Delayed(weights='stash')"
+            )
+        if correction.predicts and not all(rule.looks_ahead for rule in late):
+            raise ValueError(
+                f"{name}, which predicts the weights of a forward for its backward to use again, "
+                "and a rule does not keep them, or predicts its own: write "
+                "rule=Delayed(weights='stash')"
+            )
+        if correction.stands_in and not all(rule.reads_newest for rule in late):
+            raise ValueError(
+                f"{name}, which stands in for weights of the forward that are not kept, and a rule "
+                "keeps them, or runs the forward again: write rule=Delayed(weights='current'), or "
+                "leave the correction out"
+            )
+    for word, many in (("predict", "predicts"), ("stand in for", "stands_in")):
+        found = [type(c).__name__ for c in corrections if getattr(c, many)]
+        if len(found) > 1:
+            raise ValueError(
+                f"corrections= has {' and '.join(found)}, which both {word} the weights: leave "
+                "out all but one"
+            )
+
+
+def check_shared(corrections: Sequence[Correction], replicas: Replicas, own: Any) -> None:
+    """Refuse corrections that cannot be where weights are shared.
+
+    Args:
+        own: those that are left to the stages; a parameter server has the others.
+    """
+    for correction in corrections:
+        name = f"corrections= has a {type(correction).__name__}"
+        if not own and not correction.at_servers:
+            raise ValueError(
+                f"{name}, which works on a stage's own optimizer, and {type(replicas).__name__} "
+                "moves the weights on servers: leave it out, or write LearningRate or "
+                "DelayCompensation"
+            )
+        if correction.stands_in and isinstance(replicas, Hogwild):
+            raise ValueError(
+                f"{name}, which puts other values into the weights' memory during a backward, and "
+                "under Hogwild other replicas read it: leave it out"
+            )
+        if correction.synchronous:
+            raise ValueError(
+                f"{name}, which drains the first updates of one pipeline, and with replicas= none "
+                "waits for the others: leave it out"
             )
 
 

@@ -210,8 +210,15 @@ class Engine:
         yield from self._forward(message)
         for action in self._stretch.after(True):
             yield from self._perform(action)
-        if message.last and self.schedule.flushes:
+        if self._must_drain(message):
             yield from self._drain()
+
+    def _must_drain(self, message: Message) -> bool:
+        """Whether nothing may be in flight beyond this micro-batch."""
+        if self.schedule.flushes:
+            return message.last
+        updates, rest = divmod(self.trained, self.stage.update_every)
+        return rest == 0 and updates <= self.stage.kit.synchronous
 
     def _drain(self) -> Steps:
         """Bring everything in flight to its end."""

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from .arguments import (
     check_choices,
-    check_compared,
     check_corrections,
     check_counts,
+    check_fitting,
     check_kinds,
     check_rules,
+    check_shared,
     check_timeout,
     lay_out,
 )
@@ -200,7 +201,11 @@ class Pipeline:
                 corrections=tuple(corrections),
             )
             own = replicas.settings(settings) if replicas else settings
-            check_compared(own.corrections, rules, order)
+            check_fitting(own.corrections, rules, order)
+            if replicas is not None:
+                check_shared(corrections, replicas, own.corrections)
+            for correction in own.corrections if not order.flushes else ():
+                correction.check(depths, update_every)
             self._blueprint = Blueprint(
                 model,
                 self._grid,

@@ -1,7 +1,7 @@
 """What every stage of a pipeline is told alike, and what it makes of it."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,6 @@ __all__ = [
     "compile_layers",
     "make_optimizers",
     "make_schedulers",
-    "multiplied",
 ]
 
 OptimizerFactory = Callable[[list[tuple[str, nn.Parameter]]], Optimizer | Sequence[Optimizer]]
@@ -107,23 +106,6 @@ def make_schedulers(
         raise InputError(
             f"scheduler= raised {type(error).__name__}: {first_line(error)}"
         ) from error
-
-
-@contextmanager
-def multiplied(optimizers: Sequence[Optimizer], factor: float) -> Iterator[None]:
-    """Run a block with every learning rate times a factor; 1 leaves them as they are."""
-    if factor == 1:
-        yield
-        return
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    rates = [group["lr"] for group in groups]
-    try:
-        for group, rate in zip(groups, rates, strict=True):
-            group["lr"] = rate * factor
-        yield
-    finally:
-        for group, rate in zip(groups, rates, strict=True):
-            group["lr"] = rate
 
 
 def compile_layers(call: Callable[..., Any], keywords: dict[str, Any] | None) -> Callable[..., Any]:

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from .corrections import correct
+from .corrections.kit import Kit
 from .gradient import Gradient, all_finite
 from .layers import Layers, Places
+from .learning_rates import multiplied
 from .loss import call_loss, check_loss
 from .nest import Nest, is_differentiable, leaves, map_tensors
 from .random_state import RandomState
@@ -28,7 +29,6 @@ from .settings import (
     compile_layers,
     make_optimizers,
     make_schedulers,
-    multiplied,
 )
 from .versions import Version
 
@@ -123,6 +123,7 @@ class Stage:
         self._copies_input: bool | None = None
         self._loss_is_checked = False
         self._memory = {_memory(t) for t in (*layers.parameters(), *layers.buffers())}
+        self.kit = Kit(settings.corrections, self)
         self.rule = copy.deepcopy(rule)
         self.rule.attach(self)
 
@@ -137,6 +138,15 @@ class Stage:
     def guesses(self) -> bool:
         """Whether it goes back with a guess: it is not the last stage, and does not wait."""
         return self.ahead is not None and not self.is_last
+
+    @property
+    def recopies_weights(self) -> bool:
+        """Whether a backward may use copies of the weights that its forward has made."""
+        return self.compiled or self.autocast
+
+    def discount(self, staleness: int) -> float:
+        """What the learning rate is multiplied by, for a gradient this many updates old."""
+        return self.kit.factor(staleness)
 
     def derive_seed(self, which: int) -> int:
         """Of the first weights of a network of the rule's: unlike those of any other."""
@@ -200,7 +210,8 @@ class Stage:
             tops = [(tensor, gradient) for tensor, gradient in both if gradient is not None]
         tops = [(tensor, gradient) for tensor, gradient in tops if tensor.requires_grad]
         # A checkpoint runs its layers again in here, and must find the weights of the forward.
-        with self.places.holding(weights) if flight.weights else nullcontext():
+        holding = self.places.holding(weights) if flight.weights else self._standing_in(flight)
+        with holding:
             if tops:
                 torch.autograd.backward([t for t, _ in tops], [g for _, g in tops])
         taken = {name: _take_gradient(weight) for name, weight in weights.items()}
@@ -209,12 +220,14 @@ class Stage:
         self._add(means, flight)
         return [_take_gradient(tensor) for tensor in leaves(flight.x)]
 
+    def _standing_in(self, flight: Flight) -> AbstractContextManager[None]:
+        return self.kit.standing_in(self.timestamp - flight.version)
+
     def _add(self, means: dict[str, Tensor], flight: Flight) -> None:
         factor = 1.0
-        if self.settings.corrections and flight.finite:
+        if flight.finite:
             then = flight.weights.leaves if flight.weights else self.trainable
-            age = [self.timestamp - flight.version]
-            factor = correct(self.settings.corrections, means, age, self.trainable, then)
+            factor = self.kit.change(means, self.timestamp - flight.version, then)
         self.gradient.add(means, flight.samples, [flight.version], flight.finite, factor)
 
     def release(self, flight: Flight) -> None:
@@ -339,6 +352,7 @@ class Stage:
         self.staleness.update(stale)
         self.latest_staleness = sum(stale) / len(stale) if stale else 0.0
         self.rule.before_update(self)
+        self.kit.before_update()
         if not finite or not done.finite:
             self.skipped += 1
         elif done.samples:  # the rule let at least one micro-batch move the weights
@@ -346,6 +360,7 @@ class Stage:
             self.peers.move(self, done)
         for weight in self.owned.values():
             weight.grad = None
+        self.kit.after_update()
         self._step_schedulers()
         self.version += 1
 
@@ -353,7 +368,7 @@ class Stage:
         """Let the optimizers move the weights, with `factor` times their learning rates."""
         with multiplied(self.optimizers, factor):
             for optimizer in self.optimizers:
-                optimizer.step()
+                self.kit.move(optimizer, self.latest_staleness)
 
     def _step_schedulers(self) -> None:
         if self.version:
@@ -399,6 +414,7 @@ class Stage:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take this stage's weights and buffers out of a whole model's."""
         self.layers.load_state_dict({name: state[name] for name in self.layers.state_dict()})
+        self.kit.before_update()  # what the last update did is no longer to be extrapolated
         self.rule = copy.deepcopy(self._pristine_rule)
         self.rule.attach(self)
 

@@ -1,18 +1,63 @@
 """What a correction is asked, by whoever moves weights: a stage, or a parameter server's shard."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from torch import Tensor
+from torch.optim import Optimizer
 
-__all__ = ["Correction", "correct"]
+if TYPE_CHECKING:
+    from ..stage import Stage
+
+__all__ = ["Correction", "Fill", "correct"]
+
+Fill = Callable[[str, Tensor], Tensor]
+"""From a weight's name and its value, the value that a forward is to run with."""
 
 
 class Correction:
-    """Changes nothing; the others override what they do otherwise."""
+    """Changes nothing; the others override what they do otherwise.
+
+    A parameter server asks `factor` and `change` alone. A stage has copies of its own of all its
+    corrections, so one may keep state there.
+    """
 
     needs_weights = False
     """Whether it compares the weights of by now with those that the gradient was taken at."""
+
+    at_servers = True
+    """Whether it is of use where a parameter server moves the weights."""
+
+    predicts = False
+    """Whether forwards are to run with other weights than the newest; see `look_ahead`."""
+
+    stands_in = False
+    """Whether backwards are to run with other weights than the newest; see `backward_weights`."""
+
+    keeps_last = False
+    """Whether it needs to know what the last update did; see `after_update`."""
+
+    synchronous = 0
+    """Updates, from the first one, before which nothing may be late."""
+
+    def check(self, depths: Sequence[int], update_every: int) -> None:
+        """Refuse a pipeline for which it is not defined.
+
+        Args:
+            depths: each stage's micro-batches in flight behind a forward.
+            update_every: micro-batches to an update.
+
+        Raises:
+            ValueError: with the reason and what to write instead.
+        """
+
+    def attach(self, stage: "Stage") -> None:
+        """Look at the stage that this copy belongs to, once it has its optimizers.
+
+        Raises:
+            InputError: it is not defined for one of them; with what to write instead.
+        """
 
     def factor(self, staleness: int) -> float:
         """What to multiply the learning rate by, for a gradient this many updates old."""
@@ -25,6 +70,42 @@ class Correction:
             now, then: the weight as it is, and as it was when the gradient was taken.
         """
         return gradient
+
+    def change_all(
+        self,
+        gradients: dict[str, Tensor],
+        now: Mapping[str, Tensor],
+        then: Mapping[str, Tensor],
+    ) -> None:
+        """`change` every gradient, by the name of its weight, in place of the dict's."""
+        for name, gradient in gradients.items():
+            gradients[name] = self.change(gradient, now[name], then[name])
+
+    def look_ahead(self, staleness: int) -> Fill | None:
+        """The weights for a forward whose gradient will be this many updates old; with `predicts`.
+
+        None: the newest, as they are.
+        """
+        return None
+
+    def backward_weights(self, staleness: int) -> Mapping[str, Tensor] | None:
+        """What stands in for the weights in a backward, by name; with `stands_in`."""
+        return None
+
+    def move(self, optimizer: Optimizer, staleness: float, step: Callable[[], None]) -> None:
+        """Have an optimizer move its weights: `step` does.
+
+        Args:
+            staleness: of the gradients that were loaded, in updates; their mean.
+        """
+        step()
+
+    def after_update(self, before: Mapping[str, Tensor]) -> None:
+        """An update is done, or was skipped.
+
+        Args:
+            before: the weights as they were before it, by name, with `keeps_last`; else empty.
+        """
 
 
 def correct(
@@ -43,8 +124,7 @@ def correct(
     """
     for correction in corrections:
         if correction.needs_weights and then is not None:
-            for name, gradient in gradients.items():
-                gradients[name] = correction.change(gradient, now[name], then[name])
+            correction.change_all(gradients, now, then)
     return math.prod(
         math.fsum(map(correction.factor, staleness)) / len(staleness) for correction in corrections
     )

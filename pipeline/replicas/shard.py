@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from ..corrections import correct
 from ..gradient import Gradient
+from ..learning_rates import multiplied
 from ..report import ShardStatistics
-from ..settings import Settings, make_optimizers, make_schedulers, multiplied
+from ..settings import Settings, make_optimizers, make_schedulers
 
 __all__ = ["Protocol", "Shard"]
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..corrections.weight_prediction import extrapolate
 from ..versions import Version, Versions
 from .rule import Rule
 
@@ -25,17 +26,14 @@ Predictor = Callable[[Tensor, Tensor, int], Tensor]
 """From a weight, its value one update ago and the staleness to come: the weight by then."""
 
 
-def extrapolate(weight: Tensor, before: Tensor, staleness: int) -> Tensor:
-    """ŵ = w + τ (w_t - w_{t-1}): the last update, τ times over (SpecTrain, from weights)."""
-    return torch.lerp(before, weight, 1.0 + staleness)
-
-
 class Current(Rule):
     """Newest weights forward; backward through the old activations with the weights of by then."""
 
+    reads_newest = True
+
     def attach(self, stage: "Stage") -> None:
         cause = "torch.compile" if stage.compiled else "autocast"
-        if stage.depth and (stage.compiled or stage.autocast):
+        if stage.depth and stage.recopies_weights:
             warnings.warn(
                 f"weights='current' on stage {stage.index}: under {cause} the backward may use "
                 "copies of the weights made in the forward, so it behaves like weights='stash' "
@@ -45,9 +43,13 @@ class Current(Rule):
 
 
 class Stash(Rule):
-    """Backward with the very weights of the forward: one copy for each version in flight."""
+    """Backward with the very weights of the forward: one copy for each version in flight.
+
+    They are the newest, or what a correction predicts from them.
+    """
 
     keeps_weights = True
+    looks_ahead = True
 
     def __init__(self) -> None:
         self.versions = Versions()
@@ -59,7 +61,11 @@ class Stash(Rule):
     def weights(self, stage: "Stage", index: int) -> Version | None:
         if stage.depth == 0:
             return None
-        return self.versions.take(stage.version, stage.trainable)
+        staleness = index // stage.update_every - stage.version
+        fill = stage.kit.look_ahead(staleness)
+        if fill is None:
+            return self.versions.take((stage.version, 0), stage.trainable)
+        return self.versions.take((stage.version, staleness), stage.trainable, fill)
 
 
 class Replay(Rule):
@@ -130,6 +136,8 @@ class Delayed(Rule):
         self.policy = policies[weights]()
         self.recomputes = self.policy.recomputes
         self.keeps_weights = self.policy.keeps_weights
+        self.looks_ahead = self.policy.looks_ahead
+        self.reads_newest = self.policy.reads_newest
 
     def check(self, schedule: "Schedule", stages: int) -> None:
         if schedule.flushes:

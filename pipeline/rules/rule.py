@@ -24,6 +24,12 @@ class Rule:
     keeps_weights = False
     """Keep the weights that a micro-batch's forward ran with until its backward."""
 
+    looks_ahead = False
+    """Run forwards with the weights that a correction predicts."""
+
+    reads_newest = False
+    """Run backwards through the old activations with the newest weights."""
+
     ahead: int | None = None
     """Micro-batches sent on at most of which nothing has come back yet, for a stage that does not
     wait for gradients but has a `guess`; None: it waits for each."""

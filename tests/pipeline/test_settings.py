@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from headrace.pipeline.settings import multiplied
+from headrace.pipeline.learning_rates import multiplied
 
 
 def weights() -> list[nn.Parameter]:

@@ -1,0 +1,97 @@
+"""Gap-aware: a gradient counts for less where the weights have gone far (Barkai et al. 2020)."""
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .correction import Correction
+
+if TYPE_CHECKING:
+    from ..stage import Stage
+
+__all__ = ["GapAware", "dampen", "follow_squares"]
+
+
+def follow_squares(ra: Tensor, v: Tensor, gamma: float) -> Tensor:
+    """RA ← Γ RA + (1 - Γ) v², element by element."""
+    return torch.addcmul(ra * gamma, v, v, value=1 - gamma)
+
+
+def dampen(gradient: Tensor, now: Tensor, then: Tensor, usual: Tensor) -> Tensor:
+    """g / (1 + |w_now - w_then| / C): C is how far an update usually goes, element by element."""
+    return gradient / (1 + (now.detach() - then.detach()).abs() / usual)
+
+
+class GapAware(Correction):
+    """Divide each element of a gradient by 1 + how many usual updates its weight has moved since.
+
+    C = η_max (√(RA / (1 - Γ^t)) + ε), RA the average of v², and v what the optimizer steps along:
+    (w_t - w_{t+1}) / η, which is SGD's momentum buffer, and defined for every optimizer. It needs
+    the weights of the forward, which `Delayed('stash')` keeps.
+
+    Args:
+        decay: Γ. eps: ε.
+
+    Raises:
+        ValueError: a decay outside [0, 1), or an eps that is not above 0.
+    """
+
+    at_servers = False
+    needs_weights = True
+    keeps_last = True
+
+    def __init__(self, decay: float = 0.999, eps: float = 1e-8) -> None:
+        if not isinstance(decay, int | float) or not 0 <= decay < 1:
+            raise ValueError(f"decay={decay!r}: give a number from 0 to below 1")
+        if not isinstance(eps, int | float) or not eps > 0:
+            raise ValueError(f"eps={eps!r}: give a number above 0")
+        self.decay, self.eps = float(decay), float(eps)
+        self._weights: Mapping[str, Tensor] = {}
+        self._names: dict[int, str] = {}
+        self._squares: dict[str, Tensor] = {}
+        self._rates: dict[str, float] = {}
+        self._highest, self._updates = 0.0, 0
+
+    def attach(self, stage: "Stage") -> None:
+        self._weights = stage.trainable
+        self._names = {id(parameter): name for name, parameter in stage.owned.items()}
+
+    def change_all(
+        self,
+        gradients: dict[str, Tensor],
+        now: Mapping[str, Tensor],
+        then: Mapping[str, Tensor],
+    ) -> None:
+        if not self._updates:
+            return
+        share = 1 - self.decay**self._updates
+        for name, gradient in gradients.items():
+            if gradient.is_sparse:
+                raise ValueError(
+                    "gap_aware needs dense gradients, and a layer gives sparse ones: write "
+                    "sparse=False there, or leave the correction out"
+                )
+            usual = (self._squares[name] / share).sqrt_().add_(self.eps).mul_(self._highest)
+            gradients[name] = dampen(gradient, now[name], then[name], usual)
+
+    def move(self, optimizer: Optimizer, staleness: float, step: Callable[[], None]) -> None:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                self._rates[self._names[id(parameter)]] = float(group["lr"])
+        step()
+
+    def after_update(self, before: Mapping[str, Tensor]) -> None:
+        if not any(self._rates.values()):
+            return  # it was skipped
+        self._highest = max(self._highest, *self._rates.values())
+        for name, weight in self._weights.items():
+            rate = self._rates.get(name, 0.0)
+            v = (before[name] - weight.detach()) / rate if rate else torch.zeros_like(weight)
+            held = self._squares.get(name)
+            held = torch.zeros_like(weight) if held is None else held
+            self._squares[name] = follow_squares(held, v, self.decay)
+        self._updates += 1
+        self._rates = {}

@@ -1,0 +1,27 @@
+"""Two buffered versions: updates so seldom that no gradient is more than one late (PipeDream-2BW,
+Narayanan et al. 2021).
+"""
+
+from collections.abc import Sequence
+
+from .correction import Correction
+
+__all__ = ["TwoVersions"]
+
+
+class TwoVersions(Correction):
+    """See to it that the staleness is 1 at most, and the weights are kept twice at most.
+
+    That is so where an update takes in as many micro-batches as are in flight at the first stage:
+    their gradients are averaged, clipped and applied once.
+    """
+
+    at_servers = False
+
+    def check(self, depths: Sequence[int], update_every: int) -> None:
+        if update_every < depths[0]:
+            raise ValueError(
+                f"corrections= has two_versions, which needs as many micro-batches to an update as "
+                f"are in flight at the first stage: write update_every={depths[0]} or more, not "
+                f"{update_every}"
+            )

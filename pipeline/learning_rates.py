@@ -1,0 +1,93 @@
+"""The learning rates of an optimizer: for one step, and of the updates to come."""
+
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from .errors import InputError, first_line
+
+__all__ = ["ComingRates", "multiplied"]
+
+
+@contextmanager
+def multiplied(optimizers: Sequence[Optimizer], factor: float) -> Iterator[None]:
+    """Run a block with every learning rate times a factor; 1 leaves them as they are."""
+    if factor == 1:
+        yield
+        return
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    rates = [group["lr"] for group in groups]
+    try:
+        for group, rate in zip(groups, rates, strict=True):
+            group["lr"] = rate * factor
+        yield
+    finally:
+        for group, rate in zip(groups, rates, strict=True):
+            group["lr"] = rate
+
+
+class ComingRates:
+    """Ask a scheduler of its own, of an optimizer with nothing to move, that runs ahead.
+
+    Args:
+        optimizer: whose rates to tell.
+        scheduler: what makes its scheduler; None: its rates stay.
+        horizon: how many updates to look ahead.
+
+    Raises:
+        InputError: the scheduler cannot be made a second time.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        scheduler: Callable[[Optimizer], LRScheduler] | None,
+        horizon: int,
+    ) -> None:
+        self._optimizer = optimizer
+        self._scheduler: LRScheduler | None = None
+        self._rates: deque[list[float]] = deque()
+        if scheduler is None:
+            return
+        groups = [
+            {key: value for key, value in group.items() if key not in ("initial_lr", "param_names")}
+            | {"params": [nn.Parameter(torch.empty(0))], "lr": group.get("initial_lr", group["lr"])}
+            for group in optimizer.param_groups
+        ]
+        self._shadow = torch.optim.SGD(groups)
+        try:
+            self._scheduler = scheduler(self._shadow)
+        except Exception as error:
+            raise InputError(
+                "weight prediction looks ahead in the learning rates with a second scheduler, and "
+                f"scheduler= raised {type(error).__name__}: {first_line(error)}: let it work for "
+                "any optimizer, or write form='last_update', which needs no rates"
+            ) from error
+        for _ in range(horizon):
+            self._look_further()
+
+    def _look_further(self) -> None:
+        assert self._scheduler is not None
+        self._rates.append([float(group["lr"]) for group in self._shadow.param_groups])
+        with warnings.catch_warnings():
+            # torch's, for an optimizer that never steps.
+            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+            self._scheduler.step()
+
+    def passed(self) -> None:
+        """An update is done: its rate is no longer to come."""
+        if self._scheduler is not None:
+            self._rates.popleft()
+            self._look_further()
+
+    def of(self, group: int, updates: int) -> list[float]:
+        """The rates of the next `updates` updates, of a parameter group."""
+        if self._scheduler is None:
+            return [float(self._optimizer.param_groups[group]["lr"])] * updates
+        return [rates[group] for rates in list(self._rates)[:updates]]
