@@ -18,7 +18,7 @@ __all__ = ["HOMES", "Component", "build", "call", "check", "did_you_mean", "find
 HOMES: dict[str, tuple[str, ...]] = {
     "model": ("headrace.models",),
     "loss": ("torch.nn", "headrace.models", "torch.nn.functional"),
-    "optimizer": ("torch.optim",),
+    "optimizer": ("headrace.launch.optimizers", "torch.optim"),
     "scheduler": ("headrace.launch.schedulers", "torch.optim.lr_scheduler"),
     "data.train": ("headrace.launch.data",),
     "data.test": ("headrace.launch.data",),

@@ -11,6 +11,18 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, TensorDataset
 
 from headrace.pipeline import Pipeline, Progress
+from headrace.pipeline.corrections import (
+    AsynchronousNesterov,
+    BasisRotation,
+    GapAware,
+    LearningRate,
+    PipeMareT1,
+    PipeMareT2,
+    SpikeCompensation,
+    SynchronousWarmUp,
+    TwoVersions,
+    WeightPrediction,
+)
 from headrace.pipeline.rules import Delayed, Local, Synthetic
 from headrace.pipeline.synthesizers import Condition
 
@@ -47,6 +59,11 @@ def noisy_head(shape: torch.Size, outputs: int) -> nn.Module:
     return nn.Sequential(nn.Dropout(0.3), nn.Linear(shape[-1], outputs))
 
 
+def nadam(params: Iterable[tuple[str, nn.Parameter]]) -> Optimizer:
+    """With weight decay, decoupled."""
+    return torch.optim.NAdam(params, lr=3e-3, weight_decay=0.01, decoupled_weight_decay=True)
+
+
 def _stream(weights: str, **options: Any) -> Case:
     return Case(lambda stages: {"rule": Delayed(weights=weights), **options})
 
@@ -64,6 +81,36 @@ CASES = {
     ),
     "stash, bfloat16, another seed": _stream("stash", autocast=torch.bfloat16, seed=17),
     "stash, adamw": Case(lambda stages: {"clip_grad_norm": 1.0}, adamw),
+    "momentum predicted, nadam, basis rotation": Case(
+        lambda stages: {
+            "corrections": [
+                WeightPrediction("momentum"),
+                LearningRate("inverse_sqrt"),
+                BasisRotation(refresh=2),
+            ],
+            "scheduler": halve_slowly,
+        },
+        nadam,
+    ),
+    "last update predicted, spikes, gap-aware, slack 1": Case(
+        lambda stages: {
+            "corrections": [WeightPrediction(), SpikeCompensation(), GapAware()],
+            "slack": 1,
+            "clip_grad_norm": 0.1,
+        },
+    ),
+    "pipemare": Case(
+        lambda stages: {
+            "rule": Delayed("current"),
+            "corrections": [SynchronousWarmUp(2), PipeMareT1(over=5), PipeMareT2()],
+        },
+    ),
+    "two versions, nesterov": Case(
+        lambda stages: {
+            "corrections": [TwoVersions(), AsynchronousNesterov()],
+            "update_every": 4,
+        },
+    ),
     "synthetic": Case(lambda stages: {"rule": Synthetic(), "clip_grad_norm": 0.1}),
     "synthetic, told, lag 0, every 3": Case(
         lambda stages: {"rule": Synthetic(conditional=True, lag=0), "update_every": 3}, adamw
