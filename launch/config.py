@@ -72,6 +72,9 @@ class PipelineOptions:
     timeout: Annotated[
         tuple[float, float], "seconds without a sign of life: until the first update, and after"
     ] = (300.0, 60.0)
+    check_stability: Annotated[
+        int, "before training: power iterations for the curvature; 0: none"
+    ] = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +101,7 @@ class Config:
 
     def __post_init__(self) -> None:
         at_least = {"epochs": 1, "log_every": 1, "stages": 1, "threads": 1, "seed": 0}
-        at_least |= {"data.batch_size": 1, "data.workers": 0}
+        at_least |= {"data.batch_size": 1, "data.workers": 0, "pipeline.check_stability": 0}
         for key, least in at_least.items():
             value = self
             for part in key.split("."):

@@ -26,6 +26,7 @@ from .display import (
 )
 from .ranks import processes
 from .run_files import RunFiles
+from .stability import look_ahead
 
 __all__ = ["Journal"]
 
@@ -49,6 +50,8 @@ class Journal:
         self._out.print(title(config, f"{copies}{pipe.stages} stages{where}"))
         self._out.print(partition_table(pipe.partition, expected_staleness(config, pipe.depths)))
         self._out.print(prospect(pipe.partition))
+        if stability := look_ahead(config, pipe):
+            self._out.print(stability)
         self._samples, self._micro_batches, self._seconds = 0, 0, 0.0
         self._loss = math.nan
         total = samples * config.epochs // pipe.replicas if samples is not None else None

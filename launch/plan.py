@@ -26,6 +26,7 @@ from .assemble import (
 from .config import Config, parse
 from .display import console, layers_table, partition_table, prospect, title
 from .ranks import refuse
+from .stability import foresee
 
 __all__ = ["main", "make_plan"]
 
@@ -43,6 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     out.print()
     out.print(partition_table(plan, staleness))
     out.print(prospect(plan))
+    if stability := foresee(config, staleness):
+        out.print(stability)
 
 
 def make_plan(config: Config) -> tuple[Partition, tuple[float, ...]]:

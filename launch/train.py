@@ -5,6 +5,7 @@ torchrun --nproc-per-node N -m headrace.launch.train --config FILE [--dotted.key
 
 import signal
 import sys
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +16,7 @@ import torch
 from headrace.pipeline import Pipeline
 from headrace.pipeline.errors import InputError
 from headrace.pipeline.grid import Grid
+from headrace.pipeline.stability import StabilityWarning
 
 from .assemble import (
     make_grid,
@@ -51,7 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (ValueError, TypeError) as error:
         refuse_error(error)
     try:
-        with pipe:
+        with pipe, warnings.catch_warnings():
+            warnings.simplefilter("ignore", StabilityWarning)  # the journal says it
             _run(config, data, pipe)
     except InputError as error:
         refuse_error(error)

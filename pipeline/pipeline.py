@@ -4,6 +4,7 @@ import atexit
 import itertools
 import json
 import sys
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -38,11 +39,12 @@ from .loss import Loss
 from .message import Message
 from .nest import Nest
 from .partition import Balance, Partition, check_model
-from .replicas import Replicas
+from .replicas import Allreduce, Replicas
 from .report import Progress, Report, ShardStatistics, StageStatistics
 from .rules import Delayed, Exact, Rule
 from .schedule import SCHEDULES
 from .settings import OptimizerFactory, SchedulerFactory, Settings
+from .stability import Stability, StabilityWarning, stalest
 from .timeline import Timeline
 from .watch import Pulse, Watch
 from .world import World, choose_device, meet
@@ -149,6 +151,7 @@ class Pipeline:
         self._closed = False
         self._ended_by = ""
         self._calls = 0
+        self._warned = False
         self._engines: list[Engine] = []
         self._links: list[Links] = []
         atexit.register(_end, weakref.ref(self))
@@ -262,6 +265,7 @@ class Pipeline:
         if log_every < 1:
             raise ValueError(f"log_every={log_every!r}: give a whole number >= 1")
         batches = self._open(loader, pairs_only=True, deals=True)
+        self._warn_of_delay()
         start = 0
         for engine in self._engines[:1]:
             engine.books.log, engine.books.log_every = log, log_every
@@ -457,6 +461,18 @@ class Pipeline:
         return self._engines[0].depths if self._engines else self._blueprint.depths
 
     @property
+    def stability(self) -> Stability | None:
+        """What the delay leaves of the largest stable learning rate, at the stalest stage of this
+        process that trains; what `slack='auto'` begins with, before it has measured.
+
+        None where nothing is stale, something is done about it already, the law says nothing of
+        the optimizer, or replicas add to the delay; and before the stages are built.
+        """
+        flushes = self._blueprint.schedule.flushes
+        adds = not isinstance(self._blueprint.replicas, Allreduce | None)
+        return None if flushes or adds else stalest(engine.stage for engine in self._engines)
+
+    @property
     def version(self) -> int:
         """How many updates this process's first stage has made, skipped ones included."""
         return self._engines[0].stage.version if self._engines else 0
@@ -513,6 +529,15 @@ class Pipeline:
             self._driver = Apart(self._engines[0], self._source, self._watch)
 
     # Running -----------------------------------------------------------------------------------
+
+    def _warn_of_delay(self) -> None:
+        """Before the first call of `train`, on the first rank."""
+        if self._warned or self.rank:
+            return
+        self._warned = True
+        law = self.stability
+        if law is not None and law.warning is not None:
+            warnings.warn(law.warning, StabilityWarning, stacklevel=3)
 
     def _run(self, call: Call, messages: Iterator[Message] | None = None) -> Any:
         driver = self._driver

@@ -1,0 +1,92 @@
+"""What a run says of its stability before it starts: from the delay alone, or from a curvature."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from rich.text import Text
+
+from headrace.pipeline import Pipeline
+from headrace.pipeline.curvature import estimate_curvature
+from headrace.pipeline.feed import read
+from headrace.pipeline.settings import make_optimizers
+from headrace.pipeline.stability import Stability, examine, speaks_of
+
+from .assemble import (
+    expected_staleness,
+    make_corrections,
+    make_loader,
+    make_loss,
+    make_model,
+    make_rules,
+    make_settings,
+)
+from .config import Config
+
+__all__ = ["foresee", "look_ahead"]
+
+
+def foresee(config: Config, staleness: Sequence[float]) -> Text | None:
+    """What a plan says, which has no stages; None where nothing is stale.
+
+    Args:
+        staleness: of each stage.
+    """
+    rules = make_rules(config.pipeline)
+    first = rules[0] if isinstance(rules, list) else rules
+    if not speaks_of(first, make_corrections(config.pipeline)):
+        return None
+    weights = [(n, p) for n, p in make_model(config).named_parameters() if p.requires_grad]
+    optimizers = make_optimizers(make_settings(config).optimizer, weights)
+    return _say(examine(0, staleness[0], optimizers))
+
+
+def look_ahead(config: Config, pipe: Pipeline) -> Text | None:
+    """What the first rank says before training; None where nothing is stale.
+
+    Args:
+        pipe: prepared.
+    """
+    law, iterations = pipe.stability, config.pipeline.check_stability
+    if law is None or not iterations:
+        return _say(law)
+    if law.preconditions:
+        return Text(f"{law.figures}, which check_stability cannot find: it is for SGD")
+    with torch.random.fork_rng():
+        stable, words = _judge(config, pipe, law, iterations)
+    if not stable:
+        return _warn(words)
+    # Training may well raise the curvature: what is to be said without it stays true.
+    said = Text(f"stability: {words}")
+    return said if law.warning is None else said.append("\n").append_text(_warn(law.warning))
+
+
+def _judge(config: Config, pipe: Pipeline, law: Stability, iterations: int) -> tuple[bool, str]:
+    """The verdict on the stage that is closest to its edge, on the first mini-batch."""
+    options = config.pipeline
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    batch = next(read(make_loader(config, "data.train", config.data.train), pairs_only=True))
+    model, loss = make_model(config), make_loss(config)
+    assert pipe.partition is not None
+    worst = (-math.inf, True, "")
+    staleness = expected_staleness(config, pipe.depths)
+    for j, (layers, stale) in enumerate(zip(pipe.partition.stages, staleness, strict=True)):
+        if stale:
+            own = replace(law, stage=j, staleness=stale)
+            names = [layer.name for layer in layers]
+            curvature = estimate_curvature(
+                model, loss, batch, iterations, layers=names, device=device, seed=config.seed
+            )
+            worst = max(worst, (own.rate * curvature / own.bound, *own.verdict(curvature)))
+    return worst[1:]
+
+
+def _say(law: Stability | None) -> Text | None:
+    if law is None:
+        return None
+    return Text(law.figures) if law.warning is None else _warn(law.warning)
+
+
+def _warn(words: str) -> Text:
+    return Text(f"warning: {words}", style="yellow")
