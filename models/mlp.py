@@ -18,11 +18,12 @@ def mlp(
     activation: str | Callable[[], nn.Module] = "ReLU",
     norm: str | Callable[[int], nn.Module] | None = None,
     dropout: float = 0.0,
+    he: bool = False,
 ) -> nn.Sequential:
     """Flatten, then Linear, norm, activation, dropout for each hidden width, then Linear.
 
     Input: (N, …) with widths[0] numbers a sample. Output: (N, widths[-1]). Weights start as
-    torch's own `nn.Linear` does.
+    torch's own `nn.Linear` does, which is too small for many layers of ReLU; see `he`.
 
     Args:
         widths: numbers of units, the input's first and the output's last: [64, 128, 10].
@@ -30,6 +31,7 @@ def mlp(
             ("Tanh"), or an import path ("my.module.Swish").
         norm: the same, called with the width: "LayerNorm", "BatchNorm1d". None: no norm.
         dropout: the share of hidden units dropped in training, in [0, 1).
+        he: start from N(0, 2 / inputs) and biases of 0 (He et al. 2015), for deep ones.
 
     Raises:
         ValueError: fewer than two widths, a width below 1, `dropout` out of range, no such name.
@@ -53,7 +55,12 @@ def mlp(
         layers.append(make_activation())
         if dropout > 0.0:
             layers.append(nn.Dropout(dropout))
-    return nn.Sequential(*layers, nn.Linear(widths[-2], widths[-1]))
+    layers.append(nn.Linear(widths[-2], widths[-1]))
+    for layer in layers:
+        if he and isinstance(layer, nn.Linear):
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            nn.init.zeros_(layer.bias)
+    return nn.Sequential(*layers)
 
 
 def _maker(argument: str, named: str | Callable[..., nn.Module]) -> Callable[..., nn.Module]:

@@ -80,6 +80,13 @@ def check_corrections(corrections: Any) -> None:
             )
 
 
+_ONE_OF = (
+    ("predict the weights", "predicts"),
+    ("stand in for the weights", "stands_in"),
+    ("change how momentum steps, Nesterov's way or another", "takes_momentum"),
+)
+
+
 def check_fitting(
     corrections: Sequence[Correction], rules: Sequence[Rule], schedule: Schedule
 ) -> None:
@@ -104,12 +111,11 @@ def check_fitting(
                 "keeps them, or runs the forward again: write rule=Delayed(weights='current'), or "
                 "leave the correction out"
             )
-    for word, many in (("predict", "predicts"), ("stand in for", "stands_in")):
+    for word, many in _ONE_OF:
         found = [type(c).__name__ for c in corrections if getattr(c, many)]
         if len(found) > 1:
             raise ValueError(
-                f"corrections= has {' and '.join(found)}, which both {word} the weights: leave "
-                "out all but one"
+                f"corrections= has {' and '.join(found)}, which both {word}: leave out all but one"
             )
 
 

@@ -4,6 +4,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 
 import torch
 from torch import nn
@@ -38,7 +39,6 @@ class ComingRates:
     Args:
         optimizer: whose rates to tell.
         scheduler: what makes its scheduler; None: its rates stay.
-        horizon: how many updates to look ahead.
 
     Raises:
         InputError: the scheduler cannot be made a second time.
@@ -48,7 +48,6 @@ class ComingRates:
         self,
         optimizer: Optimizer,
         scheduler: Callable[[Optimizer], LRScheduler] | None,
-        horizon: int,
     ) -> None:
         self._optimizer = optimizer
         self._scheduler: LRScheduler | None = None
@@ -69,25 +68,30 @@ class ComingRates:
                 f"scheduler= raised {type(error).__name__}: {first_line(error)}: let it work for "
                 "any optimizer, or write form='last_update', which needs no rates"
             ) from error
-        for _ in range(horizon):
-            self._look_further()
+        self._seen = 0
 
     def _look_further(self) -> None:
+        """See one more rate; no further than asked, for a scheduler may have an end."""
         assert self._scheduler is not None
+        if self._seen:
+            with warnings.catch_warnings():
+                # torch's, for an optimizer that never steps.
+                warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+                self._scheduler.step()
+        self._seen += 1
         self._rates.append([float(group["lr"]) for group in self._shadow.param_groups])
-        with warnings.catch_warnings():
-            # torch's, for an optimizer that never steps.
-            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
-            self._scheduler.step()
 
     def passed(self) -> None:
         """An update is done: its rate is no longer to come."""
         if self._scheduler is not None:
+            if not self._rates:
+                self._look_further()
             self._rates.popleft()
-            self._look_further()
 
     def of(self, group: int, updates: int) -> list[float]:
         """The rates of the next `updates` updates, of a parameter group."""
         if self._scheduler is None:
             return [float(self._optimizer.param_groups[group]["lr"])] * updates
-        return [rates[group] for rates in list(self._rates)[:updates]]
+        while len(self._rates) < updates:
+            self._look_further()
+        return [rates[group] for rates in islice(self._rates, updates)]

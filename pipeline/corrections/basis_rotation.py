@@ -38,13 +38,13 @@ def refine(average: Tensor, basis: Tensor | None) -> Tensor:
 
 
 def rotate(matrix: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Q_Lᵀ G Q_R."""
-    return left.T @ matrix @ right
+    """Q_Lᵀ G Q_R, in the dtype of G."""
+    return (left.T @ matrix.to(left.dtype) @ right).to(matrix.dtype)
 
 
 def rotate_back(matrix: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Q_L G' Q_Rᵀ."""
-    return left @ matrix @ right.T
+    """Q_L G' Q_Rᵀ, in the dtype of G'."""
+    return (left @ matrix.to(left.dtype) @ right.T).to(matrix.dtype)
 
 
 @dataclass
@@ -60,7 +60,8 @@ class _Basis:
 class BasisRotation(Correction):
     """Let Adam, AdamW or NAdam move every matrix in the eigenbasis of its gradients.
 
-    Their first moment turns with the basis; the second is what it was, as in SOAP. Vectors, and
+    Their first moment turns with the basis; the second is what it was, as in SOAP, but where the
+    rotation begins. Vectors, and
     matrices with a side above `largest`, are moved as they are; so is a stage that nothing is late
     on.
 
@@ -74,6 +75,7 @@ class BasisRotation(Correction):
     """
 
     at_servers = False
+    turns_moments = True
 
     def __init__(self, decay: float = 0.95, refresh: int = 10, largest: int = 2048) -> None:
         if not isinstance(decay, int | float) or not 0 <= decay < 1:
@@ -133,12 +135,16 @@ class BasisRotation(Correction):
         """Take the gradient into the averages, and turn the first moment if the basis does."""
         g = parameter.grad
         assert g is not None
-        products, basis = (g @ g.T, g.T @ g), self._bases.get(id(parameter))
+        # Eigenvectors of half precision there are none.
+        wide = g.float() if g.dtype.itemsize < 4 else g
+        products, basis = (wide @ wide.T, wide.T @ wide), self._bases.get(id(parameter))
         if basis is None:
             left, right = (refine(product, None) for product in products)
             basis = self._bases[id(parameter)] = _Basis(products, left, right)
             if "exp_avg" in state:  # it has moved before anything was late
                 state["exp_avg"].copy_(rotate(state["exp_avg"], left, right))
+                squares = rotate(state["exp_avg_sq"], left.square(), right.square())
+                state["exp_avg_sq"].copy_(squares)  # as of elements that are independent
         else:
             both = zip(basis.averages, products, strict=True)
             left, right = (follow_product(held, product, self.decay) for held, product in both)

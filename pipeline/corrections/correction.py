@@ -35,6 +35,12 @@ class Correction:
     stands_in = False
     """Whether backwards are to run with other weights than the newest; see `backward_weights`."""
 
+    takes_momentum = False
+    """Whether it changes how an optimizer's momentum steps."""
+
+    turns_moments = False
+    """Whether an optimizer's moments are not in the weights' own basis under it."""
+
     keeps_last = False
     """Whether it needs to know what the last update did; see `after_update`."""
 
@@ -100,11 +106,12 @@ class Correction:
         """
         step()
 
-    def after_update(self, before: Mapping[str, Tensor]) -> None:
+    def after_update(self, before: Mapping[str, Tensor], rates: Mapping[str, float]) -> None:
         """An update is done, or was skipped.
 
         Args:
             before: the weights as they were before it, by name, with `keeps_last`; else empty.
+            rates: the learning rate that each was moved with; empty where it was skipped.
         """
 
 

@@ -1,11 +1,10 @@
 """Gap-aware: a gradient counts for less where the weights have gone far (Barkai et al. 2020)."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from .correction import Correction
 
@@ -50,14 +49,12 @@ class GapAware(Correction):
             raise ValueError(f"eps={eps!r}: give a number above 0")
         self.decay, self.eps = float(decay), float(eps)
         self._weights: Mapping[str, Tensor] = {}
-        self._names: dict[int, str] = {}
         self._squares: dict[str, Tensor] = {}
-        self._rates: dict[str, float] = {}
-        self._highest, self._updates = 0.0, 0
+        self._highest: dict[str, float] = {}
+        self._updates = 0
 
     def attach(self, stage: "Stage") -> None:
         self._weights = stage.trainable
-        self._names = {id(parameter): name for name, parameter in stage.owned.items()}
 
     def change_all(
         self,
@@ -74,24 +71,19 @@ class GapAware(Correction):
                     "gap_aware needs dense gradients, and a layer gives sparse ones: write "
                     "sparse=False there, or leave the correction out"
                 )
-            usual = (self._squares[name] / share).sqrt_().add_(self.eps).mul_(self._highest)
+            if not self._highest.get(name):
+                continue  # nothing has moved this weight yet
+            usual = (self._squares[name] / share).sqrt_().add_(self.eps).mul_(self._highest[name])
             gradients[name] = dampen(gradient, now[name], then[name], usual)
 
-    def move(self, optimizer: Optimizer, staleness: float, step: Callable[[], None]) -> None:
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                self._rates[self._names[id(parameter)]] = float(group["lr"])
-        step()
-
-    def after_update(self, before: Mapping[str, Tensor]) -> None:
-        if not any(self._rates.values()):
+    def after_update(self, before: Mapping[str, Tensor], rates: Mapping[str, float]) -> None:
+        if not any(rates.values()):
             return  # it was skipped
-        self._highest = max(self._highest, *self._rates.values())
         for name, weight in self._weights.items():
-            rate = self._rates.get(name, 0.0)
+            rate = rates.get(name, 0.0)
+            self._highest[name] = max(self._highest.get(name, 0.0), rate)
             v = (before[name] - weight.detach()) / rate if rate else torch.zeros_like(weight)
             held = self._squares.get(name)
             held = torch.zeros_like(weight) if held is None else held
             self._squares[name] = follow_squares(held, v, self.decay)
         self._updates += 1
-        self._rates = {}

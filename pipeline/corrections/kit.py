@@ -33,6 +33,8 @@ class Kit:
         self._weights = stage.trainable
         self._keeps_last = any(correction.keeps_last for correction in self.corrections)
         self._before: dict[str, Tensor] = {}
+        self._names = {id(parameter): name for name, parameter in stage.owned.items()}
+        self._rates: dict[str, float] = {}
         for correction in self.corrections:
             correction.attach(stage)
 
@@ -70,6 +72,9 @@ class Kit:
 
     def move(self, optimizer: Optimizer, staleness: float) -> None:
         """Have an optimizer move its weights, the first correction around the others."""
+        for group in optimizer.param_groups if self._keeps_last else ():
+            for parameter in group["params"]:
+                self._rates[self._names[id(parameter)]] = float(group["lr"])
         step: Callable[[], None] = optimizer.step
         for correction in reversed(self.corrections):
             step = partial(correction.move, optimizer, staleness, step)
@@ -89,7 +94,8 @@ class Kit:
         """Let each see what the update has done."""
         with torch.no_grad():
             for correction in self.corrections:
-                correction.after_update(self._before)
+                correction.after_update(self._before, self._rates)
+        self._rates = {}
 
 
 @contextmanager

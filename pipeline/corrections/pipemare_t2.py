@@ -69,7 +69,7 @@ class PipeMareT2(Correction):
             for name, weight in self._weights.items()
         }
 
-    def after_update(self, before: Mapping[str, Tensor]) -> None:
+    def after_update(self, before: Mapping[str, Tensor], rates: Mapping[str, float]) -> None:
         for name, weight in self._weights.items():
             held = self._drift.get(name)
             held = torch.zeros_like(weight) if held is None else held

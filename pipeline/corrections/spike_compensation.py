@@ -45,11 +45,13 @@ class SpikeCompensation(Correction):
     """
 
     at_servers = False
+    takes_momentum = True
 
     def attach(self, stage: "Stage") -> None:
+        has_muon = any(isinstance(optimizer, Muon) for optimizer in stage.optimizers)
         for optimizer in stage.optimizers:
             if not isinstance(optimizer, Muon):
-                _check(optimizer, len(stage.optimizers) > 1)
+                _check(optimizer, has_muon)
 
     def move(self, optimizer: Optimizer, staleness: float, step: Callable[[], None]) -> None:
         if staleness == 0:
@@ -62,10 +64,10 @@ class SpikeCompensation(Correction):
             step()
 
 
-def _check(optimizer: Optimizer, is_one_of_several: bool) -> None:
+def _check(optimizer: Optimizer, beside_muon: bool) -> None:
     kind, groups = type(optimizer).__name__, optimizer.param_groups
     if not isinstance(optimizer, SGD):
-        if is_one_of_several:  # beside Muon, which it is for
+        if beside_muon:  # which it is for
             return
         raise InputError(
             f"spike_compensation is defined for SGD with momentum, and Muon, and this is {kind}: "

@@ -154,6 +154,11 @@ class WeightPrediction(Correction):
     def attach(self, stage: "Stage") -> None:
         if self.keeps_last or stage.depth == 0:
             return
+        if any(correction.turns_moments for correction in stage.settings.corrections):
+            raise InputError(
+                f"weight_prediction with form={self.form!r} goes by the optimizer's moments, which "
+                "basis_rotation keeps in another basis than the weights: write form='last_update'"
+            )
         names = {id(parameter): name for name, parameter in stage.owned.items()}
         for optimizer in stage.optimizers:
             if not isinstance(optimizer, SGD | Adam | NAdam):  # AdamW is an Adam
@@ -162,9 +167,14 @@ class WeightPrediction(Correction):
                     f"and this is {type(optimizer).__name__}: write form='last_update', which is "
                     "defined for every optimizer"
                 )
-            self._rates[optimizer] = ComingRates(
-                optimizer, stage.settings.scheduler, stage.depth // stage.update_every + 1
-            )
+            if isinstance(optimizer, SGD) and not all(
+                group["momentum"] for group in optimizer.param_groups
+            ):
+                raise InputError(
+                    f"weight_prediction with form={self.form!r} goes by the momentum, and this SGD "
+                    "has none: write a momentum above 0, or form='last_update'"
+                )
+            self._rates[optimizer] = ComingRates(optimizer, stage.settings.scheduler)
             for number, group in enumerate(optimizer.param_groups):
                 for parameter in group["params"]:
                     home = _Home(parameter, optimizer, number)
@@ -200,19 +210,17 @@ class WeightPrediction(Correction):
         rates: list[float],
     ) -> Tensor:
         linear = self.form == "linear"
-        sign = -1.0 if group.get("maximize") else 1.0
         if isinstance(optimizer, SGD):
             v = state.get("momentum_buffer")
             if v is None:
                 return weight
             m, nesterov = float(group["momentum"]), bool(group["nesterov"])
-            signed = [sign * rate for rate in rates]
-            return ahead_of_sgd(weight, v, signed, *((1.0, False) if linear else (m, nesterov)))
+            return ahead_of_sgd(weight, v, rates, *((1.0, False) if linear else (m, nesterov)))
         decoupled = isinstance(optimizer, AdamW) or bool(group.get("decoupled_weight_decay"))
         decay = float(group["weight_decay"]) if decoupled else 0.0
         betas, eps, step = group["betas"], float(group["eps"]), int(state["step"])
         square = state.get("max_exp_avg_sq", state["exp_avg_sq"])
-        mean = sign * state["exp_avg"] if sign < 0 else state["exp_avg"]
+        mean = state["exp_avg"]
         if isinstance(optimizer, NAdam):
             product, psi = float(state["mu_product"]), float(group["momentum_decay"])
             return ahead_of_nadam(
@@ -220,7 +228,7 @@ class WeightPrediction(Correction):
             )
         return ahead_of_adam(weight, mean, square, step, rates, betas, eps, decay, linear)
 
-    def after_update(self, before: Mapping[str, Tensor]) -> None:
+    def after_update(self, before: Mapping[str, Tensor], rates: Mapping[str, float]) -> None:
         self._last = before
-        for rates in self._rates.values():
-            rates.passed()
+        for coming in self._rates.values():
+            coming.passed()
