@@ -1,28 +1,15 @@
 """Pictures of a loss around minima: the line between two, and the worst direction out of each."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .data.checks import import_extra
+from .minima import Line
 
-__all__ = ["Line", "draw_line", "draw_worst"]
+__all__ = ["draw_line", "draw_worst"]
 
 TRAIN, TEST = "#0072B2", "#D55E00"
-
-
-@dataclass(frozen=True)
-class Line:
-    """Loss and metrics at α x_l + (1 - α) x_s.
-
-    Args:
-        train, test: of each α; without test data, `test` is empty.
-    """
-
-    alphas: Sequence[float]
-    train: Sequence[Mapping[str, float]]
-    test: Sequence[Mapping[str, float]]
 
 
 def draw_line(line: Line, small: str, large: str, stem: Path) -> list[Path]:

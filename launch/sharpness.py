@@ -10,39 +10,27 @@ for a model that is larger than one device.
 import argparse
 import json
 import pickle
+import signal
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from headrace.pipeline.errors import InputError
 from headrace.pipeline.objective import Objective
-from headrace.pipeline.sharpness import (
-    ALPHAS,
-    Eigenvalue,
-    Sharpness,
-    directions,
-    find_solver,
-    lambda_max,
-    phi,
-)
+from headrace.pipeline.sharpness import Eigenvalue, Sharpness, find_solver
 
 from .assemble import make_loader, make_loss, make_metrics, make_model
 from .config import Config, parse
-from .landscape import Line, draw_line, draw_worst
-from .ranks import check_stages, hear, processes, rank, refuse, refuse_error, tell
+from .landscape import draw_line, draw_worst
+from .minima import STEPS, Data, Line, Measured, State, measure, measure_line
+from .ranks import check_stages, hear, processes, rank, refuse_error, stop, tell
 
-__all__ = ["Measured", "load_checkpoint", "main", "measure"]
-
-State = Mapping[str, Tensor]
-
-STEPS = tuple(k / 10 for k in range(-10, 11))
-"""Where the loss is taken along the worst direction, from -y to y."""
+__all__ = ["load_checkpoint", "main"]
 
 
 @dataclass(frozen=True)
@@ -64,36 +52,10 @@ class Options:
     seed: int
 
 
-@dataclass(frozen=True)
-class Data:
-    """What a first stage reads; the other ranks know how much it is."""
-
-    train: Iterable[Any]
-    test: Iterable[Any] | None
-    batches: int
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What was found at a checkpoint.
-
-    Args:
-        train, test: the loss and each metric; no test data gives none.
-        full, subspace: φ by ε, in the whole space and in p random directions.
-        worst: the loss along the worst direction that was found for the largest ε, at `STEPS`.
-    """
-
-    name: str
-    train: dict[str, float]
-    test: dict[str, float]
-    full: dict[float, Sharpness]
-    subspace: dict[float, Sharpness]
-    curvature: Eigenvalue
-    worst: list[float]
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and measure; ends the process with 2 where that cannot be done."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
     try:
         config, options = parse_command(sys.argv[1:] if arguments is None else arguments)
         find_solver()
@@ -180,7 +142,9 @@ def load_checkpoint(folder: Path, overrides: Sequence[str] = ()) -> tuple[Config
     try:
         state = torch.load(weights, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"--checkpoint {folder}: weights.pt cannot be read: {error}") from error
+        raise ValueError(
+            f"--checkpoint {folder}: weights.pt cannot be read; give a run that has ended whole"
+        ) from error
     return config, state
 
 
@@ -230,16 +194,29 @@ def _run(
         try:
             points.append(f.at(state))
         except ValueError as error:
-            refuse(f"--checkpoint {folder}: {error}")
+            raise InputError(f"--checkpoint {folder}: {error}") from error
     n = len(points[0])
     if options.subspace > n:
-        refuse(f"--subspace {options.subspace}: the model has {n:,} weights; give fewer directions")
+        raise InputError(
+            f"--subspace {options.subspace}: the model has {n:,} weights; give fewer directions"
+        )
     metrics = make_metrics(config)
     found = []
     for folder, state in zip(options.folders, states, strict=True):
         f.at(state)
-        found.append(measure(f, str(folder), state, data, metrics, options))
-    line = _measure_line(f, states, data, metrics) if len(states) == 2 else None
+        found.append(
+            measure(
+                f,
+                str(folder),
+                state,
+                data,
+                metrics,
+                options.epsilon,
+                options.subspace,
+                options.seed,
+            )
+        )
+    line = measure_line(f, states, data, metrics) if len(states) == 2 else None
     distance = float((points[-1] - points[0]).norm())
     if not first:
         return
@@ -256,50 +233,6 @@ def _run(
         print(f"no picture: {error}", file=sys.stderr)
     print("\n" + "\n".join(str(file) for file in files if file.suffix != ".svg"))
     print(f"{time.perf_counter() - start:.0f} s")
-
-
-def measure(
-    f: Objective,
-    name: str,
-    state: State,
-    data: Data,
-    metrics: Mapping[str, Any],
-    options: Options,
-) -> Measured:
-    """All figures of one checkpoint; every rank takes part.
-
-    Raises:
-        InputError: the loss differs from pass to pass.
-    """
-    x = f.at(state)
-    train = f.evaluate(x, data.train, metrics)
-    test = f.evaluate(x, data.test, metrics) if data.test is not None else {}
-    loss, _ = f(x)
-    if loss != (again := f(x)[0]):
-        raise InputError(
-            f"the training loss is {loss:.10g}, and {again:.10g} on a second pass: the data must "
-            "be the same in every pass, without random augmentation"
-        )
-    a = directions(len(x), options.subspace, options.seed)
-    full = {e: phi(f, x, e, seed=options.seed) for e in options.epsilon}
-    subspace = {e: phi(f, x, e, a, seed=options.seed) for e in options.epsilon}
-    curvature = lambda_max(f, x, seed=options.seed)
-    y = full[options.epsilon[0]].direction
-    worst = [f.evaluate(x + t * y, data.train)["loss"] for t in STEPS]
-    return Measured(name, train, test, full, subspace, curvature, worst)
-
-
-def _measure_line(
-    f: Objective, states: Sequence[State], data: Data, metrics: Mapping[str, Any]
-) -> Line:
-    """Of loss and metrics over training and test data between two checkpoints and beyond."""
-    train, test = [], []
-    for alpha in ALPHAS:
-        x = f.between(states[0], states[1], alpha)
-        train.append(f.evaluate(x, data.train, metrics))
-        if data.test is not None:
-            test.append(f.evaluate(x, data.test, metrics))
-    return Line(ALPHAS, train, test)
 
 
 # Showing ------------------------------------------------------------------------------------
