@@ -27,6 +27,7 @@ from headrace.launch.studies.large_batch import (
     Minimum,
     Run,
     check,
+    draw,
     epoch_of,
     follow,
     forever,
@@ -290,10 +291,18 @@ def test_claims_can_fail_and_tables_have_all() -> None:
     ]
 
 
+def test_the_picture_of_plans(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    path = [(89 * k, 1 / k, 1 - 0.1 / k) for k in range(1, 4)]
+    draw({"clean labels": {DECAY.name: [Run(0.3, 0.9, 267, path)] * 2}}, tmp_path / "plans.png")
+    assert (tmp_path / "plans.png").stat().st_size > 10_000
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_claims_hold(capsys: pytest.CaptureFixture[str]) -> None:
-    large_batch.main([])
+    large_batch.main(["--out", "."])
+    assert Path("large-batch.md").read_text().count("| batch 16 |") == 1
     out = capsys.readouterr().out
     assert len(re.findall(r"^- holds: ", out, re.M)) == 4 + 3 * len(FULL.noises), out
     assert "DOES NOT HOLD" not in out
