@@ -20,14 +20,17 @@ class Digits(Dataset[tuple[Tensor, Tensor]]):
 
     Args:
         split: "train" or "test".
+        noise: this share of the labels is drawn anew, uniformly, always the same ones.
 
     Raises:
-        ValueError: another split.
+        ValueError: another split, or a share that is not in [0, 1].
         ModuleNotFoundError: scikit-learn is missing.
     """
 
-    def __init__(self, split: Literal["train", "test"] = "train") -> None:
+    def __init__(self, split: Literal["train", "test"] = "train", noise: float = 0.0) -> None:
         check_one_of("split", split, ("train", "test"))
+        if not 0 <= noise <= 1:
+            raise ValueError(f"noise={noise!r}: give a share in [0, 1]")
         datasets = import_extra("sklearn.datasets", extra="scikit-learn", user="Digits")
         selection = import_extra("sklearn.model_selection", extra="scikit-learn", user="Digits")
         images, labels = datasets.load_digits(return_X_y=True)  # float64 [1797, 64], int [1797]
@@ -39,6 +42,9 @@ class Digits(Dataset[tuple[Tensor, Tensor]]):
         chosen, targets = (train, train_labels) if split == "train" else (test, test_labels)
         self.inputs = torch.tensor((chosen - mean) / std, dtype=torch.float32)
         self.targets = torch.tensor(targets, dtype=torch.int64)
+        generator = torch.Generator().manual_seed(0)
+        spoilt = torch.randperm(len(self), generator=generator)[: round(noise * len(self))]
+        self.targets[spoilt] = torch.randint(0, 10, (len(spoilt),), generator=generator)
 
     def __len__(self) -> int:
         return len(self.targets)
