@@ -37,6 +37,11 @@ class RandomState:
         if self.cuda is not None:
             torch.cuda.set_rng_state(self.cuda, self.device)
 
+    def take_on(self) -> None:
+        """Become the state in force, as it is now."""
+        inner = RandomState.capture(self.device)
+        self.cpu, self.cuda = inner.cpu, inner.cuda
+
     @contextmanager
     def in_force(self) -> Iterator[None]:
         """Run a block on this state, which moves on, and put the one before back."""
@@ -45,6 +50,5 @@ class RandomState:
         try:
             yield
         finally:
-            inner = RandomState.capture(self.device)
-            self.cpu, self.cuda = inner.cpu, inner.cuda
+            self.take_on()
             outer.restore()

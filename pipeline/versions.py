@@ -52,8 +52,13 @@ class Versions:
         version = next((v for v in self.copies if not v.users), None) or self._allocate(weights)
         version.key = key
         with torch.no_grad():
-            for name, weight in weights.items():
-                version.leaves[name].copy_(weight if fill is None else fill(name, weight))
+            if fill is None:
+                torch._foreach_copy_(
+                    [version.leaves[name] for name in weights], [*weights.values()]
+                )
+            else:
+                for name, weight in weights.items():
+                    version.leaves[name].copy_(fill(name, weight))
         return version
 
     def _allocate(self, weights: Mapping[str, Tensor]) -> Version:
