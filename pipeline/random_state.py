@@ -37,6 +37,14 @@ class RandomState:
         if self.cuda is not None:
             torch.cuda.set_rng_state(self.cuda, self.device)
 
+    @property
+    def is_in_force(self) -> bool:
+        """Whether nothing was drawn since it was captured."""
+        now = RandomState.capture(self.device)
+        if self.cuda is not None and now.cuda is not None and not self.cuda.equal(now.cuda):
+            return False
+        return self.cpu.equal(now.cpu)
+
     def take_on(self) -> None:
         """Become the state in force, as it is now."""
         inner = RandomState.capture(self.device)

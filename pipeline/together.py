@@ -31,7 +31,7 @@ from .random_state import RandomState
 from .report import Report, Row
 from .rules import Delayed, Exact, Rule
 from .stage import NONE, Flight, Stage
-from .versions import Version, Versions
+from .versions import Version, Versions, copy_all
 
 __all__ = ["Together", "runs_together"]
 
@@ -52,9 +52,9 @@ class Together:
         self._alone, self._source = Alone(engines, source), source
         self._engines = engines
         self._members = [_Member(engine.stage) for engine in engines]
-        self._read: deque[Message] = deque()
+        self._read: deque[tuple[Message, RandomState | None]] = deque()
         self._fed = 0  # micro-batches that the first stage has run forward, were it alone
-        self._random = _GlobalRandom()
+        self._draws: bool | None = None  # whether the first stage's layers do; None: not known
         self._doing: str | None = None
 
     @property
@@ -74,41 +74,42 @@ class Together:
             member.stage.set_training(True)
         books.begin()
         self._source.open(messages)
-        self._random.resume()
+        self._draws = None  # the user may have changed a mode
         while (message := self._source.poll()) and message.kind is not Kind.END:
             if message.kind is not Kind.MICRO_BATCH:
                 continue
-            self._random.read()
             # A loader may fill its tensors anew: these are copies.
-            self._read.append(message.carrying(self._engines[0].read_input(message)))
+            x, target = self._engines[0].read_input(message)
+            self._read.append((message.carrying((x, target)), self._draw(x)))
             books.fed(int(message.numbers[0]))
             self._fed += 1
             if len(self._read) > first.depth:
                 self._advance()
-        self._random.pause()
         return books.close(first.version)
 
     def _advance(self) -> None:
         """Run the oldest micro-batch from end to end, and let each stage make its update."""
         index = self._fed - len(self._read)
-        message = self._read.popleft()
+        message, random = self._read.popleft()
         self._doing = f"micro-batch {index}"
         for member in self._members:
             member.take_weights(min(index + member.stage.depth, self._fed - 1))
         samples = int(message.numbers[0])
-        self._run(index, samples, *cast(tuple[Nest, Nest], message.body))
+        self._run(index, samples, *cast(tuple[Nest, Nest], message.body), random)
         for member in self._members:
             member.update(index)
         self._doing = None
 
-    def _run(self, index: int, samples: int, x: Nest, target: Nest) -> None:
+    def _run(
+        self, index: int, samples: int, x: Nest, target: Nest, random: RandomState | None
+    ) -> None:
         flights = [member.begin(index, samples) for member in self._members]
         flights[-1].target = target
         with ExitStack() as held:
             for member, flight in zip(self._members, flights, strict=True):
                 if flight.weights is not None:
                     held.enter_context(member.stage.places.holding(flight.weights.leaves))
-            loss = self._forward(flights, x)
+            loss = self._forward(flights, x, random)
             for member, flight in zip(self._members, flights, strict=True):
                 flight.loss = loss
                 member.prepare_backward(flight)
@@ -124,19 +125,40 @@ class Together:
             if flight.weights is not None:
                 flight.weights.release()
 
-    def _forward(self, flights: Sequence[Flight], x: Nest) -> Tensor:
+    def _draw(self, x: Nest) -> RandomState | None:
+        """Draw from the global random state what the first stage's layers would draw now.
+
+        They share it with the loader and whatever else draws, and will really run later.
+
+        Returns:
+            The state they are to draw from then; None if they draw nothing.
+        """
+        stage = self._members[0].stage
+        if self._draws is False or not stage.depth:
+            return None
+        state = RandomState.capture(stage.device)
+        buffers = {name: buffer.clone() for name, buffer in stage.layers.named_buffers()}
+        with torch.no_grad():
+            stage.run(x, buffers)
+        self._draws = not state.is_in_force
+        return state if self._draws else None
+
+    def _forward(self, flights: Sequence[Flight], x: Nest, random: RandomState | None) -> Tensor:
         """The loss, in one graph with every stage's output."""
-        outer: RandomState | None = None
+        outer = RandomState.capture(self._members[0].stage.device)
         try:
             for member, flight in zip(self._members, flights, strict=True):
-                if member.stage.random is not None:
-                    outer = outer or RandomState.capture(member.stage.device)
-                    member.stage.random.restore()
+                state = random if member.stage.is_first else member.stage.random
+                if state is not None:
+                    state.restore()
                 flight.x, x = x, member.forward(flight, x)
-                if member.stage.random is not None:
-                    member.stage.random.take_on()
-                else:
-                    self._random.ran()
+                if state is not None:
+                    state.take_on()
+                elif member.stage.depth and not outer.is_in_force:
+                    raise RuntimeError(
+                        "the first stage's layers draw random numbers for some micro-batches only, "
+                        "which a Simulation cannot follow: use a Pipeline"
+                    )
         except Exception as error:
             stage, layer = member.stage, layer_at_fault(error)
             where = f"{layer}, " if layer else ""
@@ -146,7 +168,7 @@ class Together:
             )
             raise
         finally:
-            if outer is not None:
+            if len(self._members) > 1:
                 outer.restore()
         loss = flights[-1].loss
         assert loss is not None
@@ -223,8 +245,9 @@ class _Member:
     def prepare_backward(self, flight: Flight) -> None:
         """Where the rule runs on the weights themselves: go back with what they are by now."""
         if flight.weights is not None and self._changes(flight.weights):
-            old = [leaf.data for leaf in flight.weights.leaves.values()]
-            torch._foreach_copy_(old, [weight.data for weight in self.stage.trainable.values()])
+            # Of data, for autograd is not to know of it.
+            old = {name: leaf.data for name, leaf in flight.weights.leaves.items()}
+            copy_all(old, self.stage.trainable)
 
     def update(self, index: int) -> None:
         if (index + 1) % self.stage.update_every == 0:
@@ -246,46 +269,3 @@ def _hand_over(tensor: Tensor) -> Tensor:
 
 def _contiguous(gradient: Tensor) -> Tensor:
     return gradient.contiguous()
-
-
-class _GlobalRandom:
-    """Watches torch's global random state, which the first stage's layers draw from.
-
-    Here they run later than they would: where something else draws from it in between, as a loader
-    may, neither would get the numbers it should. One look at each in a call of `train` is enough.
-    """
-
-    def __init__(self) -> None:
-        self._state: Tensor | None = None
-        self._looks = 0
-        self._others = self._layers = False
-
-    def resume(self) -> None:
-        """A call of `train` begins."""
-        self._others |= self._has_changed()
-        self._looks = 2
-
-    def read(self) -> None:
-        """The loader has given a mini-batch."""
-        if self._looks:
-            self._others |= self._has_changed()
-
-    def ran(self) -> None:
-        """The first stage's layers have run."""
-        if self._looks:
-            self._looks -= 1
-            self._layers |= self._has_changed()
-        if self._others and self._layers:
-            raise ValueError(
-                "the first stage's layers and the loader both draw from torch's global random "
-                "state, and a Simulation reads ahead: give the loader a generator= of its own, "
-                "num_workers=1 if the data draws itself, or use a Pipeline"
-            )
-
-    def pause(self) -> None:
-        """The call is over."""
-        self._has_changed()
-
-    def _has_changed(self) -> bool:
-        before, self._state = self._state, torch.get_rng_state()
-        return before is not None and not torch.equal(before, self._state)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Hashable, Mapping
 import torch
 from torch import Tensor
 
-__all__ = ["Version", "Versions"]
+__all__ = ["Version", "Versions", "copy_all"]
 
 
 class Version:
@@ -53,9 +53,7 @@ class Versions:
         version.key = key
         with torch.no_grad():
             if fill is None:
-                torch._foreach_copy_(
-                    [version.leaves[name] for name in weights], [*weights.values()]
-                )
+                copy_all(version.leaves, weights)
             else:
                 for name, weight in weights.items():
                     version.leaves[name].copy_(fill(name, weight))
@@ -67,3 +65,10 @@ class Versions:
         }
         self.copies.append(Version(leaves, None))
         return self.copies[-1]
+
+
+@torch.no_grad()
+def copy_all(into: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+    """Copy tensors into those of the same names, in one operation."""
+    if weights:
+        torch._foreach_copy_([into[name] for name in weights], [*weights.values()])
