@@ -107,10 +107,10 @@ def _ends(ax: Any, rows: Sequence[Row], columns: Sequence[int], colours: dict[st
             if (row := best(rows, column).get(name)) and row.finished
         ]
         if points:
-            x, y, error = zip(*points, strict=True)
+            columns_there, y, error = zip(*points, strict=True)
             bars = None if None in error else error
             # Beside each other, so that all bars are seen.
-            x = [column * 2 ** (0.05 * (k - (len(colours) - 1) / 2)) for column in x]
+            x = [column * 2 ** (0.05 * (k - (len(colours) - 1) / 2)) for column in columns_there]
             ax.errorbar(
                 x, y, bars, color=colour, marker="o", markersize=4, capsize=3, linewidth=1.4
             )

@@ -36,7 +36,7 @@ def test_the_weights_of_two_and_four_processes(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "small.yaml").write_text(CONFIG)
-    main("--config small.yaml --stages 2,4".split())
+    main(["--config", "small.yaml", "--stages", "2,4"])
     written = tmp_path / "runs" / "small-simulation" / "results.json"
     runs = [run for run in json.loads(written.read_text())["runs"] if run["stages"] > 1]
     assert {(run["variant"], run["stages"]) for run in runs} == {

@@ -15,6 +15,7 @@ from headrace.launch.simulation.picture import smooth
 from headrace.launch.simulation.plan import DEFAULT, Case, Grid, plan
 from headrace.launch.simulation.results import Row, best, results_table
 from headrace.launch.simulation.run import Outcome, simulate
+from headrace.launch.studies.simulation_speed import main as speed
 
 CONFIG = """\
 epochs: 2
@@ -65,7 +66,9 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 def test_the_whole_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main("--config tiny.yaml --stages 2,3 --seeds 2 --variants variants.yaml".split())
+    main(
+        ["--config", "tiny.yaml", "--stages", "2,3", "--seeds", "2", "--variants", "variants.yaml"]
+    )
     out = capsys.readouterr().out
     table = {
         (int(m[1]), m[2]): m[3]
@@ -107,7 +110,18 @@ def test_the_same_again_in_two_processes(folder: Path) -> None:
 def test_rates_are_for_every_variant_and_the_best_has_a_star(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    main("--config tiny.yaml --stages 2 --rates 1e-4,0.2 --variants variants.yaml".split())
+    main(
+        [
+            "--config",
+            "tiny.yaml",
+            "--stages",
+            "2",
+            "--rates",
+            "1e-4,0.2",
+            "--variants",
+            "variants.yaml",
+        ]
+    )
     out = capsys.readouterr().out
     assert re.search(r"^ +2 +stash +\* 0\.2 ", out, re.MULTILINE)
     assert re.search(r"^ +2 +stash +0\.0001 ", out, re.MULTILINE)
@@ -191,6 +205,13 @@ def test_refusals(
     (folder / "wrong.yaml").write_text("stash: {pipeline.rul: delayed}\n")
     assert words in refused(capsys, "--config", "tiny.yaml", *arguments.split())
     assert not (folder / "runs").exists()
+
+
+def test_the_ratios_to_plain_training(capsys: pytest.CaptureFixture[str]) -> None:
+    speed(["--rounds", "1", "--share", "0.03", "--stages", "4"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "4 stages, times those of plain training"
+    assert re.fullmatch(r"\| MLP +\| 1\.00 +(\| \d+\.\d\d +){4}\|", lines[-1])
 
 
 def test_under_torchrun(
