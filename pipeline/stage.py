@@ -215,7 +215,7 @@ class Stage:
         taken = {name: _take_gradient(weight) for name, weight in weights.items()}
         means = {name: gradient for name, gradient in taken.items() if gradient is not None}
         loss = [] if flight.loss is None else [flight.loss]
-        flight.finite = all_finite([*means.values(), *loss])
+        flight.finite = flight.finite and all_finite([*means.values(), *loss])
         self._add(means, flight)
 
     def _add(self, means: dict[str, Tensor], flight: Flight) -> None:

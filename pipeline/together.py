@@ -24,6 +24,7 @@ from torch import Tensor
 from .driver import Alone
 from .engine import Call, Engine
 from .feed import Source
+from .gradient import all_finite
 from .layers import layer_at_fault
 from .message import Kind, Message
 from .nest import Nest, leaves, map_tensors
@@ -110,8 +111,9 @@ class Together:
                 if flight.weights is not None:
                     held.enter_context(member.stage.places.holding(flight.weights.leaves))
             loss = self._forward(flights, x, random)
+            finite = all_finite([loss])  # looked at once, not by every stage
             for member, flight in zip(self._members, flights, strict=True):
-                flight.loss = loss
+                flight.loss, flight.finite = None, finite
                 member.prepare_backward(flight)
             if loss.requires_grad:
                 torch.autograd.backward(loss)
