@@ -1,6 +1,5 @@
 """What one update accumulates: the gradients of its micro-batches, weighted by their samples."""
 
-import math
 from dataclasses import dataclass, field
 
 import torch
@@ -81,12 +80,11 @@ class Gradient:
 
 def all_finite(tensors: list[Tensor]) -> bool:
     """Whether no element is infinite or NaN; one pass over memory, and one wait for the device."""
-    totals = list(map(_sum, tensors))
-    if all(total.device.type == "cpu" for total in totals):
-        return all(math.isfinite(total.item()) for total in totals)
     # A number less itself is 0, and NaN if it was infinite or NaN, which counts as true.
-    differences = [(total - total).to(torch.float64) for total in totals]
-    return not bool(torch.stack(differences).any())
+    differences = [total - total for total in map(_sum, tensors)]
+    if all(difference.device.type == "cpu" for difference in differences):
+        return not any(map(bool, differences))
+    return not bool(torch.stack([d.to(torch.float64) for d in differences]).any())
 
 
 def _sum(tensor: Tensor) -> Tensor:

@@ -87,12 +87,15 @@ def results_table(rows: Sequence[Row]) -> Table:
     for column in columns:
         champions = best(rows, column)
         for row in (row for row in rows if column == row.case.columns[0]):
-            cells = [str(row.case.stages), row.case.variant]
+            # Where the depth follows the stages, one stage is there for each of them.
+            alone = row.case.stages != column and row.case.columns == (column,) != tuple(columns)
+            depth = f" (depth of {column})" if alone else ""
+            cells = [str(row.case.stages), row.case.variant + depth]
             if rates:
                 star = "* " if row is champions[row.case.variant] else ""
                 cells.append(f"{star}{row.case.rate:g}" if row.case.rate is not None else "")
             cells += _scores(row, names or ["loss"])
-            table.add_row(*cells, *_figures(rows, row), end_section=False)
+            table.add_row(*cells, *_figures(rows, row))
         table.add_section()
     return table
 

@@ -27,7 +27,8 @@ class Outcome:
         staleness: the mean of each stage's gradients, in updates.
         updates: of the first stage.
         seconds: of training.
-        curve: samples trained on so far, and the mean loss since the point before.
+        curve: samples trained on so far, and the mean loss since the point before; it ends before
+            those that were in flight at the end.
         weights: `fingerprint` of the last ones.
     """
 
