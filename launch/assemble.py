@@ -165,17 +165,19 @@ def make_pipeline(
     model: nn.Sequential,
     total_updates: int | None,
     emulated_link: Link | None = None,
+    kind: type[Pipeline] = Pipeline,
 ) -> Pipeline:
     """The pipeline, of `stages` stages or of torchrun's processes.
 
     Args:
         emulated_link: how slow every hop is to be, for measuring.
+        kind: `Pipeline`, or `Simulation`.
 
     Raises:
         ValueError, TypeError: something in it cannot be; `Pipeline` says what.
     """
     options = config.pipeline
-    return Pipeline(
+    return kind(
         model,
         make_loss(config),
         build("optimizer", config.optimizer),

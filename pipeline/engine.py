@@ -311,7 +311,7 @@ class Engine:
             if stage.settings.stops_on_nonfinite:
                 leaving = [gradient for gradient in returned if gradient is not None]
                 if not (flight.finite and all_finite(leaving)):
-                    self._stop_on(flight, gradients)
+                    self.stop_on(flight, gradients)
         if stage.is_last:
             assert flight.loss is not None
             self._losses.append(flight.loss.detach())
@@ -435,7 +435,7 @@ class Engine:
         matters = settings.clip_grad_norm is not None or not settings.stops_on_nonfinite
         return self.schedule.flushes and self.stage.count > 1 and matters
 
-    def _stop_on(self, flight: Flight, gradients: list[Tensor | None] | None) -> None:
+    def stop_on(self, flight: Flight, gradients: list[Tensor | None] | None) -> None:
         stage = self.stage
         reason = explain(stage, flight, gradients)
         if reason is None:

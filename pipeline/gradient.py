@@ -88,7 +88,7 @@ def all_finite(tensors: list[Tensor]) -> bool:
 
 
 def _sum(tensor: Tensor) -> Tensor:
-    values = tensor.detach()
+    values = tensor.detach() if tensor.requires_grad else tensor
     values = values.coalesce().values() if values.is_sparse else values
     values = torch.view_as_real(values) if values.is_complex() else values
     return values.sum(dtype=torch.float32 if values.dtype is torch.float16 else None)

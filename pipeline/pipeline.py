@@ -523,10 +523,12 @@ class Pipeline:
             self._driver = self._blueprint.serve(cut)
             return
         self._engines = self._blueprint.build(cut, self._links, self._source)
+        self._driver = self._drive(self._engines, self._source)
+
+    def _drive(self, engines: Sequence[Engine], source: Source) -> Driver:
         if self._watch is None:
-            self._driver = Alone(self._engines, self._source)
-        else:
-            self._driver = Apart(self._engines[0], self._source, self._watch)
+            return Alone(engines, source)
+        return Apart(engines[0], source, self._watch)
 
     # Running -----------------------------------------------------------------------------------
 

@@ -37,6 +37,19 @@ class RandomState:
         if self.cuda is not None:
             torch.cuda.set_rng_state(self.cuda, self.device)
 
+    @property
+    def is_in_force(self) -> bool:
+        """Whether nothing was drawn since it was captured."""
+        now = RandomState.capture(self.device)
+        if self.cuda is not None and now.cuda is not None and not self.cuda.equal(now.cuda):
+            return False
+        return self.cpu.equal(now.cpu)
+
+    def take_on(self) -> None:
+        """Become the state in force, as it is now."""
+        inner = RandomState.capture(self.device)
+        self.cpu, self.cuda = inner.cpu, inner.cuda
+
     @contextmanager
     def in_force(self) -> Iterator[None]:
         """Run a block on this state, which moves on, and put the one before back."""
@@ -45,6 +58,5 @@ class RandomState:
         try:
             yield
         finally:
-            inner = RandomState.capture(self.device)
-            self.cpu, self.cuda = inner.cpu, inner.cuda
+            self.take_on()
             outer.restore()

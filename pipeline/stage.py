@@ -116,7 +116,7 @@ class Stage:
         self.latest_staleness = 0.0
         self.lag: Counter[int] = Counter()
         self.latest_lag = math.nan
-        self._pristine_rule, self._random = rule, random
+        self._pristine_rule, self.random = rule, random
         self._call = self._call_layers
         if settings.compile is not None:
             self._call = compile_layers(self._call_functionally, settings.compile)
@@ -171,15 +171,15 @@ class Stage:
         flight = Flight(index, samples, self.timestamp, x, kept, weights, source)
         self.flights[index] = flight
         self.most_in_flight = max(self.most_in_flight, len(self.flights))
-        with self._random.in_force() if self._random else nullcontext():
+        with self.random.in_force() if self.random else nullcontext():
             if self.rule.recomputes and self.depth:
                 flight.random = RandomState.capture(self.device)
                 with torch.no_grad():
-                    return map_tensors(self._promise(x), self._run(x))
+                    return map_tensors(self._promise(x), self.run(x))
             self._run_with_graph(flight)
         if self.guesses and not self.rule.wants_gradients:
-            return map_tensors(lambda t: self._unaliased(t).detach(), flight.output)
-        return map_tensors(self._unaliased, flight.output)
+            return map_tensors(lambda t: self.unaliased(t).detach(), flight.output)
+        return map_tensors(self.unaliased, flight.output)
 
     def backward(
         self, flight: Flight, gradients: Sequence[Tensor | None] | None
@@ -214,11 +214,20 @@ class Stage:
         with holding:
             if tops:
                 torch.autograd.backward([t for t, _ in tops], [g for _, g in tops])
+        self.collect(flight, weights)
+        return [_take_gradient(tensor) for tensor in leaves(flight.x)]
+
+    def collect(self, flight: Flight, weights: Mapping[str, Tensor]) -> None:
+        """Add a micro-batch's gradient to the update's, from where the backward left it.
+
+        Args:
+            weights: leaves of which the gradient was taken, by name.
+        """
         taken = {name: _take_gradient(weight) for name, weight in weights.items()}
         means = {name: gradient for name, gradient in taken.items() if gradient is not None}
-        flight.finite = all_finite([*means.values(), *loss])
+        loss = [] if flight.loss is None else [flight.loss]
+        flight.finite = flight.finite and all_finite([*means.values(), *loss])
         self._add(means, flight)
-        return [_take_gradient(tensor) for tensor in leaves(flight.x)]
 
     def _standing_in(self, flight: Flight) -> AbstractContextManager[None]:
         return self.kit.standing_in(self.timestamp - flight.version)
@@ -260,8 +269,8 @@ class Stage:
 
     def infer(self, x: Nest) -> Nest:
         """Run forward on the newest weights without a gradient."""
-        with self._random.in_force() if self._random else nullcontext(), torch.no_grad():
-            return self._run(x)
+        with self.random.in_force() if self.random else nullcontext(), torch.no_grad():
+            return self.run(x)
 
     def set_training(self, training: bool) -> None:
         """Switch between the modes the user left the layers in, and evaluation."""
@@ -275,11 +284,11 @@ class Stage:
     # Running the layers ------------------------------------------------------------------------
 
     def _run_with_graph(self, flight: Flight, buffers: Mapping[str, Tensor] = NONE) -> None:
-        flight.output = self._run(flight.x, flight.weights.leaves if flight.weights else buffers)
+        flight.output = self.run(flight.x, flight.weights.leaves if flight.weights else buffers)
         if self.is_last:
             flight.loss = self.take_loss(flight.output, flight.target)
 
-    def _run(self, x: Nest, tensors: Mapping[str, Tensor] = NONE) -> Nest:
+    def run(self, x: Nest, tensors: Mapping[str, Tensor] = NONE) -> Nest:
         """Run the layers, with other weights or buffers than their own by these names."""
         # A first layer that works in place must not meet autograd's leaf, nor change what replay
         # will need: the first run tells whether copies are needed.
@@ -318,11 +327,9 @@ class Stage:
     def _promise(self, x: Nest) -> Callable[[Tensor], Tensor]:
         """Mark the outputs of a forward without a graph that will take a gradient later."""
         expects = bool(self.trainable) or any(tensor.requires_grad for tensor in leaves(x))
-        return lambda t: (
-            self._unaliased(t).detach().requires_grad_(expects and is_differentiable(t))
-        )
+        return lambda t: self.unaliased(t).detach().requires_grad_(expects and is_differentiable(t))
 
-    def _unaliased(self, tensor: Tensor) -> Tensor:
+    def unaliased(self, tensor: Tensor) -> Tensor:
         """Copy an output that is one of the weights or buffers: it may move before it is sent."""
         return tensor.clone() if _memory(tensor) in self._memory else tensor
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Hashable, Mapping
 import torch
 from torch import Tensor
 
-__all__ = ["Version", "Versions"]
+__all__ = ["Version", "Versions", "copy_all"]
 
 
 class Version:
@@ -52,8 +52,11 @@ class Versions:
         version = next((v for v in self.copies if not v.users), None) or self._allocate(weights)
         version.key = key
         with torch.no_grad():
-            for name, weight in weights.items():
-                version.leaves[name].copy_(weight if fill is None else fill(name, weight))
+            if fill is None:
+                copy_all(version.leaves, weights)
+            else:
+                for name, weight in weights.items():
+                    version.leaves[name].copy_(fill(name, weight))
         return version
 
     def _allocate(self, weights: Mapping[str, Tensor]) -> Version:
@@ -62,3 +65,10 @@ class Versions:
         }
         self.copies.append(Version(leaves, None))
         return self.copies[-1]
+
+
+@torch.no_grad()
+def copy_all(into: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+    """Copy tensors into those of the same names, in one operation."""
+    if weights:
+        torch._foreach_copy_([into[name] for name in weights], [*weights.values()])

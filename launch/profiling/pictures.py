@@ -11,7 +11,7 @@ from headrace.pipeline.timeline import WORKING, Work
 from ..data.checks import import_extra
 from .prediction import Curve
 
-__all__ = ["draw_bandwidth", "draw_speed_up", "draw_timelines"]
+__all__ = ["draw_bandwidth", "draw_speed_up", "draw_timelines", "import_pyplot", "save"]
 
 COLOURS = {
     Work.FORWARD: "#3B8BC2",
@@ -43,7 +43,7 @@ def draw_timelines(timelines: Mapping[str, Timeline], stem: Path, subtitle: str 
     Raises:
         ImportError: matplotlib is not installed.
     """
-    plt = _pyplot()
+    plt = import_pyplot()
     rows = sum(len(t.stages) + 1.6 for t in timelines.values())
     fig, axes = plt.subplots(
         len(timelines),
@@ -74,7 +74,7 @@ def draw_timelines(timelines: Mapping[str, Timeline], stem: Path, subtitle: str 
             subtitle, (0, 1), (0, 24), xycoords="axes fraction", textcoords="offset points",
             fontsize=9, color="#555555",
         )  # fmt: skip
-    return _save(fig, stem)
+    return save(fig, stem)
 
 
 def _busy(timeline: Timeline) -> float:
@@ -129,7 +129,7 @@ def draw_speed_up(
     Args:
         measured: dots: a name to (stages, speed-up).
     """
-    plt = _pyplot()
+    plt = import_pyplot()
     fig, ax = plt.subplots(figsize=(9, 6), layout="constrained")
     x = curves[0].x
     ax.plot(x, x, color="#BBBBBB", linestyle="--", linewidth=1)
@@ -155,7 +155,7 @@ def draw_speed_up(
     black = "#333333"
     _label(ax, [(f"{n}, measured {y:.2f}", at, y, black, 8) for n, (at, y) in dots])
     _label_ends(ax, curves)
-    return _save(fig, stem)
+    return save(fig, stem)
 
 
 BANDWIDTH_TICKS = {
@@ -175,7 +175,7 @@ def draw_bandwidth(
     subtitle: str = "",
 ) -> list[Path]:
     """Samples a second against the links' bandwidth; the background says which is the fastest."""
-    plt = _pyplot()
+    plt = import_pyplot()
     fig, ax = plt.subplots(figsize=(9.5, 6), layout="constrained")
     colour = dict(zip([curve.name for curve in curves], LINES, strict=False))
     for curve in curves:
@@ -194,7 +194,7 @@ def draw_bandwidth(
     ax.set_ylabel("predicted samples/s")
     _finish(ax, "What the links allow", subtitle)
     _label_ends(ax, curves)
-    return _save(fig, stem)
+    return save(fig, stem)
 
 
 def _label_ends(ax: Any, curves: Sequence[Curve]) -> None:
@@ -225,7 +225,12 @@ def _finish(ax: Any, title: str, subtitle: str) -> None:
     ax.text(0, 1.02, subtitle, transform=ax.transAxes, fontsize=9, color="#555555")
 
 
-def _pyplot() -> Any:
+def import_pyplot() -> Any:
+    """matplotlib's pyplot, drawing into files, the same bytes every time.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
     matplotlib = import_extra("matplotlib", extra="profile", user="drawing")
     matplotlib.use("Agg")
     matplotlib.rcParams.update(
@@ -236,9 +241,10 @@ def _pyplot() -> Any:
     return pyplot
 
 
-def _save(fig: Any, stem: Path) -> list[Path]:
+def save(fig: Any, stem: Path) -> list[Path]:
+    """Write a figure as PNG and SVG, and let it go; gives the files."""
     paths = [stem.with_suffix(".png"), stem.with_suffix(".svg")]
     fig.savefig(paths[0], dpi=150)
     fig.savefig(paths[1], metadata={"Date": None})
-    _pyplot().close(fig)
+    import_pyplot().close(fig)
     return paths

@@ -1,0 +1,158 @@
+"""What the staleness of many stages does to a model, exactly, in one process on one device.
+
+python -m headrace.launch.simulate --config FILE --stages 8,16,32,64 [options] [--KEY VALUE ...]
+
+Trains with each number of stages, variant, learning rate and seed, and compares them. The weights
+are, bit for bit, those of torchrun with as many processes.
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TypeVar
+
+from headrace.pipeline.errors import InputError
+
+from .config import Config, to_yaml
+from .display import console, duration
+from .profiling.pictures import import_pyplot
+from .ranks import processes, refuse
+from .run_files import new_folder
+from .simulation.picture import draw
+from .simulation.plan import DEFAULT, Case, Grid, plan, read_variants
+from .simulation.results import Row, results_table, write_csv, write_json
+from .simulation.run import Outcome, simulate
+
+__all__ = ["main"]
+
+_T = TypeVar("_T", int, float)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse the command line and simulate; ends the process with 2 where that cannot be done."""
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        own, rest = _parser().parse_known_args(given)
+        if processes() is not None:
+            raise ValueError("simulate runs in one process: start it without torchrun")
+        grid = _grid(own)
+        cases = plan(rest, grid)
+        import_pyplot()
+        rows = _run(cases, own.processes)
+    except (ValueError, TypeError, ImportError, InputError) as error:
+        refuse(str(error))
+    except KeyboardInterrupt:
+        refuse("stopped: nothing was written")
+    name = cases[0].configs[0].name
+    folder = new_folder(Path("runs"), f"{name}-simulation")
+    (folder / "config.yaml").write_text(to_yaml(cases[0].configs[0]), encoding="utf-8")
+    about = {"command": ["python", "-m", "headrace.launch.simulate", *given]}
+    write_json(folder / "results.json", rows, about)
+    write_csv(folder / "results.csv", rows)
+    seeds = f"{grid.seeds} seeds, mean ± standard deviation" if grid.seeds > 1 else "one seed"
+    draw(rows, folder / "curves", f"{name}: {seeds}")
+    out = console()
+    out.print()
+    out.print(results_table(rows))
+    out.print(_legend(rows, seeds))
+    out.print(f"files      {folder}: curves.png, results.csv, results.json")
+
+
+def _legend(rows: Sequence[Row], seeds: str) -> str:
+    lines = [f"{seeds}; staleness of the first stage; time over that of one stage"]
+    if any(row.case.rate is not None for row in rows):
+        lines.append("* each variant's best rate, which the picture shows")
+    for row in rows:
+        for config, outcome in zip(row.case.configs, row.outcomes, strict=True):
+            if outcome.diverged is not None:
+                where = f"{row.case.variant}, {row.case.stages} stages"
+                lines.append(f"diverged: {where}, seed {config.seed}: {outcome.diverged}")
+                break
+    return "\n".join(lines) + "\n"
+
+
+def _run(cases: Sequence[Case], workers: int) -> list[Row]:
+    """Run all, and tell of each when it is done."""
+    runs = [(case, config) for case in cases for config in case.configs]
+    out, done = console(), []
+    for k, outcome in enumerate(_outcomes([config for _, config in runs], workers)):
+        case, config = runs[k]
+        rate = "" if case.rate is None else f", rate {case.rate:g}"
+        end = "diverged" if outcome.diverged else f"loss {outcome.scores['loss']:.4f}"
+        what = f"{case.stages:>3} stages  {case.variant}{rate}, seed {config.seed}"
+        out.print(f"{k + 1:>{len(str(len(runs)))}}/{len(runs)} {what}: {end}, "
+                  f"{duration(outcome.seconds)}")  # fmt: skip
+        done.append(outcome)
+    rows, ends = [], iter(done)
+    for case in cases:
+        rows.append(Row(case, tuple(next(ends) for _ in case.configs)))
+    return rows
+
+
+def _outcomes(configs: Sequence[Config], workers: int) -> Iterator[Outcome]:
+    if workers == 1:
+        yield from map(simulate, configs)
+        return
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        yield from pool.map(simulate, configs)
+
+
+def _grid(own: argparse.Namespace) -> Grid:
+    """What the command line asks for.
+
+    Raises:
+        ValueError: it cannot be.
+    """
+    for name in ("seeds", "processes"):
+        if (value := getattr(own, name)) < 1:
+            raise ValueError(f"--{name} {value}: give a whole number of at least 1")
+    stages = _numbers("stages", own.stages, int, "whole numbers from 1 on, as in 8,16,32")
+    rates = _numbers("rates", own.rates, float, "learning rates, as in 1e-3,3e-3")
+    variants = read_variants(own.variants) if own.variants else DEFAULT
+    return Grid(stages, variants, own.seeds, rates, own.scale_depth)
+
+
+def _numbers(name: str, text: str, read: Callable[[str], _T], what: str) -> tuple[_T, ...]:
+    try:
+        values = tuple(dict.fromkeys(read(part) for part in text.split(",") if part.strip()))
+    except ValueError:
+        values = ()  # refused below
+    if (text and not values) or any(not 0 < value < math.inf for value in values):
+        raise ValueError(f"--{name} {text}: give {what}")
+    return values
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m headrace.launch.simulate",
+        usage="%(prog)s --config FILE --stages N,N,... [options] [--KEY VALUE ...]",
+        description=f"{__doc__.partition('.')[0]}.",
+        epilog="Variants are a YAML file of names, and under each the configuration's keys that it "
+        "changes: 'predict: {pipeline.rule.init_args.weights: predict}'. A variant with "
+        "{stages: 1} is training without delay. Other keys are the configuration's: "
+        "python -m headrace.launch.train --help lists them.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--stages", required=True, metavar="N,N,...", help="numbers of stages, as in 8,16,32,64")
+    add(
+        "--seeds", type=int, default=1, metavar="K", help="runs of each, from `seed` on (default 1)"
+    )
+    add("--rates", default="", metavar="X,X,...", help="learning rates, in place of optimizer's lr")
+    add(
+        "--variants",
+        type=Path,
+        metavar="FILE",
+        help=f"what to compare (default: {', '.join(DEFAULT)})",
+    )
+    add("--scale-depth", metavar="KEY", help="set this to the number of stages: a gpt's blocks")
+    add("--processes", type=int, default=1, metavar="K", help="runs at a time (default 1)")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

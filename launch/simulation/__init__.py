@@ -1,0 +1,1 @@
+"""Simulated staleness: variants of a configuration, runs of them, tables and pictures."""

@@ -1,0 +1,165 @@
+"""Which runs a simulation is made of: numbers of stages x variants x learning rates x seeds."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..assemble import make_model
+from ..config import Config, parse, to_yaml
+from ..strict_yaml import load_file
+
+__all__ = ["DEFAULT", "Case", "Grid", "Variants", "plan", "read_variants"]
+
+Variants = Mapping[str, Mapping[str, Any]]
+"""Names, and what each changes: dotted keys of the configuration, and their values."""
+
+
+def _delayed(weights: str) -> dict[str, Any]:
+    rule = {"class_path": "delayed", "init_args": {"weights": weights}}
+    return {"pipeline.schedule": "stream", "pipeline.rule": rule}
+
+
+DEFAULT: Variants = {
+    "no delay": {"stages": 1},
+    **{weights: _delayed(weights) for weights in ("stash", "predict", "current")},
+}
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What is asked for.
+
+    Args:
+        stages: numbers of stages.
+        seeds: how many, from the configuration's own on.
+        rates: learning rates; empty for the configuration's own.
+        scale_depth: the key of what is to be as many as there are stages; None for none.
+    """
+
+    stages: tuple[int, ...]
+    variants: Variants
+    seeds: int = 1
+    rates: tuple[float, ...] = ()
+    scale_depth: str | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row: runs that differ in their seed only.
+
+    Args:
+        columns: the numbers of stages that it is compared under; a variant whose `stages` is its
+            own is there once for all of them, if they are of one depth.
+        configs: one a seed.
+    """
+
+    variant: str
+    columns: tuple[int, ...]
+    rate: float | None
+    configs: tuple[Config, ...]
+
+    @property
+    def stages(self) -> int:
+        """How many it runs on."""
+        return self.configs[0].stages or 1
+
+
+def read_variants(path: Path) -> Variants:
+    """Read a YAML file of names, and under each the dotted keys that it changes.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    tree = load_file(path)
+    if not isinstance(tree, dict) or not tree:
+        raise ValueError(
+            f"{path}: variants are names, and under each the keys that it changes, as in\n"
+            "  no delay: {stages: 1}\n  stash: {}"
+        )
+    for name, changes in tree.items():
+        if not isinstance(name, str) or not isinstance(changes, dict | None):
+            raise ValueError(
+                f"{path}: variant {name!r} must be a name with keys and values, as in\n"
+                "  predict: {pipeline.rule.init_args.weights: predict}"
+            )
+    return {name: changes or {} for name, changes in tree.items()}
+
+
+def plan(arguments: Sequence[str], grid: Grid) -> list[Case]:
+    """The cases, every configuration checked.
+
+    Args:
+        arguments: `--config FILE` and overrides, as `launch.train` takes them.
+
+    Raises:
+        ValueError: one cannot be; it says which variant.
+    """
+    base = parse(arguments)
+    if grid.scale_depth is not None:
+        _check_depth(base, grid.scale_depth)
+    cases: dict[tuple[str, float | None, str], Case] = {}
+    for count in grid.stages:
+        for variant, changes in grid.variants.items():
+            for rate in grid.rates or (None,):
+                try:
+                    configs = _configs(arguments, grid, count, changes, rate)
+                except ValueError as error:
+                    raise ValueError(f"variant {variant!r}, {count} stages: {error}") from None
+                key = (variant, rate, to_yaml(configs[0]))
+                columns = (*cases[key].columns, count) if key in cases else (count,)
+                cases[key] = Case(variant, columns, rate, configs)
+    _check_layers(list(cases.values()), grid)
+    return list(cases.values())
+
+
+def _configs(
+    arguments: Sequence[str],
+    grid: Grid,
+    count: int,
+    changes: Mapping[str, Any],
+    rate: float | None,
+) -> tuple[Config, ...]:
+    added: dict[str, Any] = {"stages": count}
+    if grid.scale_depth is not None:
+        added[grid.scale_depth] = count
+    added |= changes
+    if rate is not None:
+        added["optimizer.init_args.lr"] = rate
+    config = parse([*arguments, *(f"--{key}={json.dumps(value)}" for key, value in added.items())])
+    stages, options = config.stages or 1, config.pipeline
+    if options.replicas is not None:
+        raise ValueError("replicas run in processes of their own: write --pipeline.replicas null")
+    if not isinstance(options.balance, list) or len(options.balance) != stages:
+        # What is measured would be cut in another way the next time.
+        config = replace(config, pipeline=replace(options, balance="parameters"))
+    return tuple(replace(config, seed=config.seed + k) for k in range(grid.seeds))
+
+
+def _check_depth(config: Config, key: str) -> None:
+    value: Any = config
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else getattr(value, part, None)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(
+            f"--scale-depth {key}: that is {value!r} in the configuration, and it must be a whole "
+            "number, as model.init_args.blocks of a gpt is"
+        )
+
+
+def _check_layers(cases: Sequence[Case], grid: Grid) -> None:
+    """Before anything runs: the largest number of stages is the last that would be refused."""
+    for case in cases:
+        layers = len(make_model(case.configs[0]))
+        if layers < case.stages:
+            deeper = (
+                "a larger model"
+                if grid.scale_depth
+                else "--scale-depth KEY (model.init_args.blocks of a gpt) for a depth that follows "
+                "the stages"
+            )
+            raise ValueError(
+                f"--stages {case.stages}: the model has {layers} layers, and each stage needs one: "
+                f"write --stages up to {layers}, or {deeper}"
+            )

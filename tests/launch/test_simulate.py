@@ -1,0 +1,221 @@
+"""The simulation command: what it runs, prints, writes and refuses."""
+
+import csv
+import json
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from headrace.launch.config import parse
+from headrace.launch.simulate import main
+from headrace.launch.simulation.picture import smooth
+from headrace.launch.simulation.plan import DEFAULT, Case, Grid, plan
+from headrace.launch.simulation.results import Row, best, results_table
+from headrace.launch.simulation.run import Outcome, simulate
+from headrace.launch.studies.simulation_speed import main as speed
+
+CONFIG = """\
+epochs: 2
+log_every: 2
+model: {class_path: mlp, init_args: {widths: [6, 8, 8, 3]}}
+loss: CrossEntropyLoss
+optimizer: {class_path: SGD, init_args: {lr: 0.1, momentum: 0.5}}
+scheduler: cosine_with_warmup
+metrics: [accuracy]
+data:
+  train: {class_path: Generated, init_args: {shape: [6], classes: 3, samples: 80}}
+  test: {class_path: Generated, init_args: {shape: [6], classes: 3, samples: 20, seed: 1}}
+  batch_size: 8
+"""
+
+VARIANTS = """\
+no delay: {stages: 1}
+stash: {}
+hot: {optimizer.init_args.lr: 1e30}
+"""
+
+DEEP = """\
+model: {class_path: gpt, init_args: {vocabulary: 97, context: 8, blocks: 2, width: 8, heads: 2}}
+loss: TokenCrossEntropy
+optimizer: {class_path: AdamW, init_args: {lr: 1e-3}}
+data:
+  train: {class_path: SourceText, init_args: {context: 8, characters: 2000}}
+"""
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Each test runs in a folder of its own, with the files above."""
+    monkeypatch.chdir(tmp_path)
+    for name, text in (("tiny", CONFIG), ("variants", VARIANTS), ("deep", DEEP)):
+        (tmp_path / f"{name}.yaml").write_text(text)
+    yield tmp_path
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The line with which the command ends."""
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("headrace: ") and error.count("\n") == error.count("\n  ") + 1
+    return error
+
+
+def test_the_whole_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(
+        ["--config", "tiny.yaml", "--stages", "2,3", "--seeds", "2", "--variants", "variants.yaml"]
+    )
+    out = capsys.readouterr().out
+    table = {
+        (int(m[1]), m[2]): m[3]
+        for m in re.finditer(r"^ +(\d) +(no delay|stash|hot) {2,}(.*)$", out, re.MULTILINE)
+    }
+    assert list(table) == [(1, "no delay"), (2, "stash"), (2, "hot"), (3, "stash"), (3, "hot")]
+    number = r"\d\.\d{4} ± \d\.\d{4}"
+    assert re.match(rf"{number} +{number} +0\.95 +20 +\d+\.\d\dx", table[2, "stash"])
+    assert re.match(rf"{number} +{number} +0\.00 +20 +\d+\.\d s", table[1, "no delay"])
+    assert table[3, "hot"].startswith("diverged ")
+    assert "diverged: hot, 2 stages, seed 0: stage " in out
+    written = folder / "runs" / "tiny-simulation"
+    names = ["config.yaml", "curves.png", "curves.svg", "results.csv", "results.json"]
+    assert sorted(path.name for path in written.iterdir()) == names
+    runs = json.loads((written / "results.json").read_text())["runs"]
+    assert len(runs) == 10 and {run["seed"] for run in runs} == {0, 1}
+    stash = [run for run in runs if (run["variant"], run["stages"]) == ("stash", 3)]
+    # d_j = 2, 1, 0, once warm: the first micro-batches meet fewer updates.
+    assert stash[0]["staleness"] == [(0 + 1 + 2 * 18) / 20, (0 + 19) / 20, 0]
+    assert [samples for samples, _ in stash[0]["curve"]][-1] == 160 - 2 * 8
+    with (written / "results.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert [line["diverged"] for line in lines] == [str(r["diverged"] is not None) for r in runs]
+    assert float(lines[2]["loss"]) == runs[2]["scores"]["loss"]
+
+
+def test_the_same_again_in_two_processes(folder: Path) -> None:
+    for processes in (1, 2):
+        main(f"--config tiny.yaml --stages 3 --processes {processes}".split())
+    found = []
+    for name in ("tiny-simulation", "tiny-simulation-2"):
+        runs = json.loads((folder / "runs" / name / "results.json").read_text())["runs"]
+        found.append([{k: v for k, v in run.items() if k != "seconds"} for run in runs])
+    assert found[0] == found[1]
+    assert [run["variant"] for run in found[0]] == list(DEFAULT)
+    assert len({run["weights"] for run in found[0]}) == 4, "each variant ends elsewhere"
+
+
+def test_rates_are_for_every_variant_and_the_best_has_a_star(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    main(
+        [
+            "--config",
+            "tiny.yaml",
+            "--stages",
+            "2",
+            "--rates",
+            "1e-4,0.2",
+            "--variants",
+            "variants.yaml",
+        ]
+    )
+    out = capsys.readouterr().out
+    assert re.search(r"^ +2 +stash +\* 0\.2 ", out, re.MULTILINE)
+    assert re.search(r"^ +2 +stash +0\.0001 ", out, re.MULTILINE)
+    assert re.search(r"^ +2 +hot +\* 0\.2 ", out, re.MULTILINE), "the grid's rate wins"
+
+
+def test_depth_follows_the_stages() -> None:
+    arguments = ["--config", "deep.yaml"]
+    grid = Grid((3, 5), DEFAULT, scale_depth="model.init_args.blocks")
+    cases = plan(arguments, grid)
+    assert [(c.variant, c.stages, c.columns) for c in cases if c.variant != "current"] == [
+        ("no delay", 1, (3,)),
+        ("stash", 3, (3,)),
+        ("predict", 3, (3,)),
+        ("no delay", 1, (5,)),
+        ("stash", 5, (5,)),
+        ("predict", 5, (5,)),
+    ]
+    assert [case.configs[0].model.init_args["blocks"] for case in cases] == [3] * 4 + [5] * 4
+    (shared, *others) = plan(arguments, Grid((2, 4), DEFAULT))
+    assert shared.columns == (2, 4), "without, one training without delay is enough"
+    assert len(others) == 6
+
+
+def test_a_cut_that_is_told_is_kept_where_it_fits() -> None:
+    cases = plan(
+        ["--config", "tiny.yaml", "--pipeline.balance", "[2, 3]"], Grid((2, 3), {"stash": {}})
+    )
+    assert [case.configs[0].pipeline.balance for case in cases] == [[2, 3], "parameters"]
+
+
+def test_means_are_over_those_that_finished() -> None:
+    config = parse(["--config", "tiny.yaml", "--stages", "2"])
+    good = Outcome(None, {"loss": 2.0}, (1.0, 0.0), 10, 1.0, ((8, 2.0),), "x")
+    bad = Outcome("at once", curve=((8, math.nan),), updates=3)
+    rows = [
+        Row(Case("a", (2,), 0.1, (config,) * 3), (good, bad, good)),
+        Row(Case("a", (2,), 0.2, (config,)), (Outcome(None, {"loss": 3.0}, (1.0, 0.0)),)),
+    ]
+    assert best(rows, 2)["a"] is rows[1], "a rate at which a seed diverges is not the best"
+    cells = [[str(cell) for cell in column.cells] for column in results_table(rows).columns]
+    assert cells[3] == ["2.0000 ± 0.0000, 1 of 3 diverged", "3.0000"]
+
+
+def test_smooth() -> None:
+    assert smooth([(1, 1.0), (2, 3.0), (3, 5.0)], 2) == [(1.5, 2.0), (3, 5.0)]
+    assert smooth([(1, 1.0), (2, 3.0)], 2) == [(1, 1.0), (2, 3.0)]
+
+
+def test_a_run_that_diverges_is_an_outcome() -> None:
+    config = parse(["--config", "tiny.yaml", "--stages", "2", "--optimizer.init_args.lr", "1e30"])
+    outcome = simulate(config)
+    assert outcome.diverged is not None and "is not finite" in outcome.diverged
+    assert not outcome.scores
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("--stages 2,x", "--stages 2,x: give whole numbers from 1 on, as in 8,16,32"),
+        ("--stages 0", "--stages 0: give whole numbers from 1 on, as in 8,16,32"),
+        ("--stages ,", "--stages ,: give whole numbers"),
+        ("--stages 2 --seeds 0", "--seeds 0: give a whole number of at least 1"),
+        ("--stages 2 --rates -1", "--rates -1: give learning rates, as in 1e-3,3e-3"),
+        ("--stages 2,9", "--stages 9: the model has 6 layers, and each stage needs one: write "
+         "--stages up to 6, or --scale-depth KEY (model.init_args.blocks of a gpt)"),
+        ("--stages 2 --scale-depth model.init_args.widths", "it must be a whole number"),
+        ("--stages 2 --scale-depth model.init_args.blocks", "that is None in the configuration"),
+        ("--stages 2 --data.batch 3", "unknown key data.batch"),
+        ("--stages 2 --pipeline.replicas allreduce", "write --pipeline.replicas null"),
+        ("--stages 2 --variants tiny.yaml", "variant 'epochs' must be a name with keys and values"),
+        ("--stages 2 --variants none.yaml", "none.yaml: No such file"),
+        ("--stages 2 --variants wrong.yaml", "variant 'stash', 2 stages: unknown key pipeline.rul "
+         "(did you mean rule"),
+        ("--stages 2 --pipeline.micro_batches 0", "micro_batches=0"),
+    ],
+)  # fmt: skip
+def test_refusals(
+    folder: Path, capsys: pytest.CaptureFixture[str], arguments: str, words: str
+) -> None:
+    (folder / "wrong.yaml").write_text("stash: {pipeline.rul: delayed}\n")
+    assert words in refused(capsys, "--config", "tiny.yaml", *arguments.split())
+    assert not (folder / "runs").exists()
+
+
+def test_the_ratios_to_plain_training(capsys: pytest.CaptureFixture[str]) -> None:
+    speed(["--rounds", "1", "--share", "0.03", "--stages", "4"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "4 stages, times those of plain training"
+    assert re.fullmatch(r"\| MLP +\| 1\.00 +(\| \d+\.\d\d +){4}\|", lines[-1])
+
+
+def test_under_torchrun(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("headrace.launch.simulate.processes", lambda: 2)
+    assert "start it without torchrun" in refused(capsys, "--config", "tiny.yaml", "--stages", "2")
