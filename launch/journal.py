@@ -22,6 +22,7 @@ from .display import (
     partition_table,
     prospect,
     results_table,
+    stale,
     title,
 )
 from .ranks import processes
@@ -47,7 +48,8 @@ class Journal:
         self._replicas, self._replica = pipe.replicas, pipe.replica
         copies = f"{pipe.replicas} replicas of " if config.pipeline.replicas else ""
         self._out.print(title(config, f"{copies}{pipe.stages} stages{where}"))
-        self._out.print(partition_table(pipe.partition, expected_staleness(config, pipe.depths)))
+        staleness = expected_staleness(config, pipe.depths)
+        self._out.print(partition_table(pipe.partition, staleness, stale(config)))
         self._out.print(prospect(pipe.partition))
         self._samples, self._micro_batches, self._seconds = 0, 0, 0.0
         self._loss = math.nan
@@ -71,6 +73,7 @@ class Journal:
             "loss": progress.loss,
             "samples_per_second": progress.samples_per_second,
             "learning_rate": progress.learning_rate,
+            "batch_size": progress.batch_size,
             "staleness": progress.staleness,
             "busy": progress.busy,
         }
