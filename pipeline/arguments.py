@@ -205,7 +205,7 @@ def check_growth(batch_size: Any, update_every: int, replicas: Replicas | None) 
         )
     if replicas is not None:
         raise ValueError(
-            f"batch_size= beside replicas={type(replicas).__name__}(…): each replica would end its updates by its "
-            "own count, and those who wait for each other would wait in vain: leave one of them "
-            "out, or write update_every="
+            f"batch_size= beside replicas={type(replicas).__name__}(…): each replica would end its "
+            "updates by its own count, and those who wait for each other would wait in vain: leave "
+            "one of them out, or write update_every="
         )

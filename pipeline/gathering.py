@@ -25,13 +25,14 @@ class Gathering:
         self, every: int, growth: Growth | None, flushes: bool, books: Books | None = None
     ) -> None:
         self._every, self._growth, self._flushes, self._books = every, growth, flushes, books
-        self._epoch = -1
+        self._epoch, self._fed = 0, False
         self._size = growth.start if growth else 0
         self._updates = self._samples = self._parts = self._micro_batches = 0
 
     def begin(self) -> None:
-        """A call of `train` begins."""
-        self._epoch += 1
+        """A call of `train` begins; one that fed nothing does not count."""
+        self._epoch += self._fed
+        self._fed = False
 
     def closes(self, samples: int, last: bool) -> bool:
         """Whether the next micro-batch closes an update.
@@ -53,6 +54,7 @@ class Gathering:
         closes = ends and (gathered >= self._size if self._growth else parts >= self._every)
         if closes and self._growth and not self._updates:
             self._check(self._growth, gathered, parts, micro_batches)
+        self._fed = True
         self._updates += closes
         left = (0, 0, 0) if closes else (gathered, parts, micro_batches)
         self._samples, self._parts, self._micro_batches = left

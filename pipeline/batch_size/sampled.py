@@ -10,7 +10,7 @@ class Sampled(NamedTuple):
     """Two sums over weights, for one update of a sample S; NaN is unknown.
 
     Args:
-        variance: ‖Var_{i∈S} ∇ℓ_i‖₁, of single samples' gradients.
+        variance: ‖Var_{i∈S} ∇l_i‖₁, of single samples' gradients.
         squared_norm: ‖∇J_S‖², of the update's own gradient, before it is clipped.
     """
 
@@ -22,7 +22,7 @@ UNKNOWN = Sampled(math.nan, math.nan)
 
 
 def variance(squares: float, weight: float, squared_mean: float, micro_batches: int) -> float:
-    """‖Var_{i∈S} ∇ℓ_i‖₁ from the micro-batches' mean gradients m_k, of b_k samples each.
+    """‖Var_{i∈S} ∇l_i‖₁ from the micro-batches' mean gradients m_k, of b_k samples each.
 
     m_k has the b_k-th part of a single sample's variance, so Σ b_k (m_k - g)² / (K - 1) estimates
     that without bias, however the sizes differ; and Σ b_k (m_k - g)² = Σ b_k m_k² - |S| g².

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, TensorDataset
 
 from headrace.pipeline import Pipeline, Progress
+from headrace.pipeline.batch_size import Geometric, Steps, VarianceTest
 from headrace.pipeline.rules import Delayed, Local, Synthetic
 from headrace.pipeline.synthesizers import Condition
 
@@ -88,6 +89,30 @@ CASES = {
             "schedule": "gpipe",
             "micro_batches": 2,
             "clip_grad_norm": 0.1,
+        }
+    ),
+    "predict, a batch that grows in steps": _stream(
+        "predict", slack=1, batch_size=Steps([9, 20, 31], at=[1, 2], rate="sqrt")
+    ),
+    "stash, the variance test": _stream(
+        "stash", micro_batches=3, batch_size=VarianceTest(9, most=40, theta=1.0)
+    ),
+    "local, a batch that grows geometrically": Case(
+        lambda stages: {"rule": Local(3), "batch_size": Geometric(9, most=60, rate="linear")}
+    ),
+    "full unlock, the variance test": Case(
+        lambda stages: {
+            "rule": Synthetic(inputs="synthetic"),
+            "micro_batches": 2,
+            "batch_size": VarianceTest(9, most=30),
+        }
+    ),
+    "1f1b, a batch that grows": Case(
+        lambda stages: {
+            "schedule": "1f1b",
+            "micro_batches": 3,
+            "clip_grad_norm": 0.1,
+            "batch_size": VarianceTest(9, most=30, theta=0.5),
         }
     ),
     "gpipe": Case(lambda stages: {"schedule": "gpipe", "micro_batches": 3}),

@@ -5,7 +5,7 @@ version of every stage's weights is kept, so micro-batch k runs forward through 
 weights and backward at once. A version is always there when it is asked for: no forward sees more
 than the updates of the micro-batches before it.
 
-Letters: u(k) = updates that are closed by the micro-batches before k, k // K for K = `update_every`;
+Letters: u(k) = updates closed by the micro-batches before k, which is k // K for K = `update_every`;
 p = the first micro-batch after the last drain; d_j = micro-batches in flight behind a forward of
 stage j. F(k) sees version u(max(p, k - d_j)); its gradient is in the update that makes version
 u(k) + 1; so B(k) happens at version u(k), whatever the drains.
@@ -13,6 +13,7 @@ u(k) + 1; so B(k) happens at version u(k), whatever the drains.
 
 import copy
 import itertools
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -67,7 +68,8 @@ class _Stage:
         self.scheduler = scheduler(self.optimizer) if scheduler and self.optimizer else None
         self.history: list[Weights] = [self.snapshot()]
         self.sum: Weights = {n: torch.zeros_like(p) for n, p in self.newest.items()}
-        self.samples = 0
+        self.samples = self.counted = 0
+        self.squares = 0.0
 
     def snapshot(self) -> Weights:
         return {n: p.detach().clone() for n, p in self.newest.items()}
@@ -89,13 +91,22 @@ class _Stage:
     def accumulate(self, gradients: Weights, samples: int) -> None:
         for name, gradient in gradients.items():
             self.sum[name] += samples * gradient
+            self.squares += samples * float(gradient.square().sum())
         self.samples += samples
+        self.counted += 1
+
+    def noise(self) -> tuple[float, float]:
+        """The samples' variance by the micro-batches' means, and the mean's square."""
+        mean = sum(float((total / self.samples).square().sum()) for total in self.sum.values())
+        spread = self.squares - self.samples * mean
+        return spread / (self.counted - 1) if self.counted > 1 else math.nan, mean
 
     def update(self, rate: Callable[[int], float]) -> None:
         for name, parameter in self.newest.items():
             parameter.grad = self.sum[name] / self.samples
             self.sum[name] = torch.zeros_like(parameter)
         factor, self.samples = rate(self.samples), 0
+        self.squares, self.counted = 0.0, 0
         if self.clip is not None:
             nn.utils.clip_grad_norm_(self.newest.values(), self.clip)
         if self.optimizer:
@@ -120,6 +131,7 @@ class Simulation:
     staleness: list[list[int]] = field(default_factory=list)  # [stage][micro-batch], in updates
     losses: list[float] = field(default_factory=list)
     drained: list[Weights] = field(default_factory=list)  # the weights and buffers at each drain
+    noise: list[tuple[float, float]] = field(default_factory=list)  # of each update, all stages'
 
 
 def simulate(
@@ -161,6 +173,7 @@ def simulate(
         for stage, version in zip(result.staleness, seen, strict=True):
             stage.append(now - version)
         if marks[k]:
+            result.noise.append(tuple(map(sum, zip(*(p.noise() for p in parts), strict=True))))
             for part in parts:
                 part.update(rate)
     result.weights = _state(parts, u[-1])
