@@ -4,7 +4,8 @@ The others follow the mark, which rides with the micro-batch. So an update's siz
 micro-batches are in flight, and nothing drains for it.
 """
 
-from .batch_size import UNKNOWN, Growth
+from .batch_size import Growth
+from .batch_size.sampled import UNKNOWN
 from .errors import InputError
 from .report import Books
 

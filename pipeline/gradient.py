@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .batch_size import Sampled, variance
+from .batch_size.sampled import Sampled, variance
 
 __all__ = ["Gradient", "all_finite", "squared_norm"]
 

@@ -10,7 +10,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from .batch_size import Sampled
+from .batch_size.sampled import Sampled
 
 __all__ = [
     "Books",

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from .batch_size import UNKNOWN
+from .batch_size.sampled import UNKNOWN
 from .corrections import correct
 from .gradient import Gradient, all_finite
 from .layers import Layers, Places

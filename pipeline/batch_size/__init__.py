@@ -2,8 +2,7 @@
 
 from .geometric import Geometric
 from .growth import Growth
-from .sampled import UNKNOWN, Sampled, variance
 from .steps import Steps
 from .variance_test import VarianceTest
 
-__all__ = ["UNKNOWN", "Geometric", "Growth", "Sampled", "Steps", "VarianceTest", "variance"]
+__all__ = ["Geometric", "Growth", "Steps", "VarianceTest"]

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, TensorDataset
 
 from headrace.pipeline import Pipeline, Progress
-from headrace.pipeline.batch_size import Geometric, Steps, VarianceTest
+from headrace.pipeline.batch_size import Steps, VarianceTest
 from headrace.pipeline.rules import Delayed, Local, Synthetic
 from headrace.pipeline.synthesizers import Condition
 
@@ -96,9 +96,6 @@ CASES = {
     ),
     "stash, the variance test": _stream(
         "stash", micro_batches=3, batch_size=VarianceTest(9, most=40, theta=1.0)
-    ),
-    "local, a batch that grows geometrically": Case(
-        lambda stages: {"rule": Local(3), "batch_size": Geometric(9, most=60, rate="linear")}
     ),
     "full unlock, the variance test": Case(
         lambda stages: {

@@ -241,7 +241,7 @@ def test_a_batch_that_grows_by_what_is_measured(
     assert "pipeline.batch_size decides by what it measures" in capsys.readouterr().err
     train(*more, "--scheduler.class_path", "ExponentialLR", "--scheduler.init_args.gamma", "0.9")
     assert "stale at start" in capsys.readouterr().out
-    assert [e["batch_size"] for e in events("tiny") if e["event"] == "progress"][0] == 16
+    assert next(e["batch_size"] for e in events("tiny") if e["event"] == "progress") == 16
     with pytest.raises(SystemExit):
         train(*batch_size("variance_test", start=8, most=50), "--scheduler", "null")
     assert "start at 9 or more" in capsys.readouterr().err

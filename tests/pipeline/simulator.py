@@ -5,7 +5,7 @@ version of every stage's weights is kept, so micro-batch k runs forward through 
 weights and backward at once. A version is always there when it is asked for: no forward sees more
 than the updates of the micro-batches before it.
 
-Letters: u(k) = updates closed by the micro-batches before k, which is k // K for K = `update_every`;
+Letters: u(k) = updates closed by the micro-batches before k, k // K where every K-th closes one;
 p = the first micro-batch after the last drain; d_j = micro-batches in flight behind a forward of
 stage j. F(k) sees version u(max(p, k - d_j)); its gradient is in the update that makes version
 u(k) + 1; so B(k) happens at version u(k), whatever the drains.

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import pytest
@@ -10,20 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from headrace.pipeline import Pipeline, Progress
-from headrace.pipeline.batch_size import (
-    UNKNOWN,
-    Geometric,
-    Growth,
-    Sampled,
-    Steps,
-    VarianceTest,
-    variance,
-)
+from headrace.pipeline.arguments import check_growth
+from headrace.pipeline.batch_size import Geometric, Growth, Steps, VarianceTest
 from headrace.pipeline.batch_size.geometric import grow
+from headrace.pipeline.batch_size.sampled import UNKNOWN, Sampled, variance
 from headrace.pipeline.batch_size.variance_test import enlarge
 from headrace.pipeline.errors import InputError
 from headrace.pipeline.gathering import Gathering
 from headrace.pipeline.gradient import Gradient
+from headrace.pipeline.replicas import Allreduce
 from headrace.pipeline.rules import Delayed, Local
 
 from .helpers import (
@@ -97,14 +92,14 @@ def test_the_variance_is_that_of_samples_whatever_the_micro_batches() -> None:
     generator = torch.Generator().manual_seed(0)
     scale = torch.tensor([1.0, 3.0], dtype=torch.float64)
     found = []
-    for _ in range(1500):
+    for _ in range(800):
         gradient = Gradient(measures=True)
         for count in (1, 5, 2, 4):
             each = torch.randn(count, 2, generator=generator, dtype=torch.float64) * scale + 1
             gradient.add({"w": each.mean(0)}, count, [0], factor=0.5)
         gradient.mean()
         found.append(gradient.sampled().variance)
-    assert sum(found) / len(found) == pytest.approx(10.0, rel=0.05)
+    assert sum(found) / len(found) == pytest.approx(10.0, rel=0.06)
 
 
 def test_a_sparse_gradient_has_a_variance_too() -> None:
@@ -241,17 +236,18 @@ GROWTHS: dict[str, Callable[[], Growth]] = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("name", GROWTHS)
-def test_one_stage_is_the_plain_loop_bitwise(name: str, optimizer: str, dtype: torch.dtype) -> None:
-    epochs = [batches_of(60, 5, seed=e, dtype=dtype) for e in range(4)]
-    reference, growth, factory = tanh_net(dtype=dtype), GROWTHS[name](), OPTIMIZERS[optimizer]
+def test_one_stage_is_the_plain_loop_bitwise(name: str, optimizer: str) -> None:
+    epochs = [batches_of(60, 5, seed=e, dtype=torch.float32) for e in range(4)]
+    reference, growth = tanh_net(dtype=torch.float32), GROWTHS[name]()
+    factory = OPTIMIZERS[optimizer]
     made = loop(reference, factory, epochs, growth)
     assert len(set(made)) > 1
     with Pipeline(
-        tanh_net(dtype=dtype), nn.MSELoss(), factory, stages=1, balance=[16], batch_size=growth
-    ) as pipe:
+        tanh_net(dtype=torch.float32), nn.MSELoss(), factory,
+        stages=1, balance=[16], batch_size=growth,
+    ) as pipe:  # fmt: skip
         updates = [pipe.train(batches).updates for batches in epochs]
         assert sum(updates) == len(made) == pipe.version
         assert_same(clone(pipe.state_dict()), clone(reference.state_dict()))
@@ -273,8 +269,7 @@ def test_marks_of() -> None:
     assert marks_of([5, 9], [5, 5, 3, 5, 4, 5]) == [True, False, False, True, False, True]
 
 
-@pytest.mark.parametrize("slack", [0, 1], ids=["slack0", "slack1"])
-@pytest.mark.parametrize("n", [2, 4], ids=["n2", "n4"])
+@pytest.mark.parametrize(("n", "slack"), [(2, 0), (4, 1)], ids=["n2", "n4, slack 1"])
 @pytest.mark.parametrize("policy", ["current", "stash", "replay", "predict"])
 def test_a_stream_that_grows_equals_the_simulator(policy: Policy, n: int, slack: int) -> None:
     """Two calls of `train`, a drain, two more; the last micro-batch of each has 3 samples of 5."""
@@ -340,8 +335,7 @@ class Told(VarianceTest):
         return self.sizes[-1]
 
 
-@pytest.mark.parametrize("slack", [0, 1], ids=["slack0", "slack1"])
-@pytest.mark.parametrize("n", [1, 2, 4])
+@pytest.mark.parametrize(("n", "slack"), [(1, 0), (2, 1), (4, 0)])
 def test_what_the_first_stage_knows_is_the_schedule_s_alone(n: int, slack: int) -> None:
     """It feeds micro-batch i once that of i - 1 - d_0 is back, with what all stages had then: the
     figures of the last update before it.
@@ -465,6 +459,11 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
 def test_refusals(make: Callable[[], Any], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         make()
+
+
+def test_replicas_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"beside replicas=Allreduce.*write update_every="):
+        check_growth(Steps([8, 16], at=[1]), 1, Allreduce(2))
 
 
 def test_refusals_of_the_pipeline() -> None:
