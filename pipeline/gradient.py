@@ -102,6 +102,7 @@ def squared_norm(tensors: dict[str, Tensor]) -> Tensor | float:
     total: Tensor | float = 0.0
     for tensor in tensors.values():
         values = tensor.coalesce().values() if tensor.is_sparse else tensor
+        values = torch.view_as_real(values) if values.is_complex() else values
         total = total + torch.linalg.vector_norm(values, dtype=torch.float64).square()
     return total
 

@@ -22,7 +22,8 @@ class Growth:
     Args:
         start: samples of the first update.
         rate: the learning rate of an update of B samples is the optimizer's times 1 ('constant'),
-            B / start ('linear') or its root ('sqrt').
+            B / start ('linear') or its root ('sqrt'). What reports call the learning rate is the
+            optimizer's own.
 
     Raises:
         ValueError: no number of samples, or no word for a rate.

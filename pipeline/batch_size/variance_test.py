@@ -27,7 +27,9 @@ class VarianceTest(Growth):
     The variance is estimated from the means of an update's micro-batches, so the first update must
     have two or more of them: give `start` as at least two micro-batches. Each stage adds up its own
     and tells the first one, which decides. What it knows then is late: it is of the update before
-    the micro-batch whose gradient came back last, one update ago or more.
+    the micro-batch whose gradient came back last, one update ago or more. That is the schedule's
+    alone, so the sizes are the same in every run (but for a rule that takes things in as they come,
+    `lag='free'`).
 
     Args:
         start: samples of the first update.
