@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from headrace.pipeline import Link, Pipeline
+from headrace.pipeline.batch_size import Growth
 from headrace.pipeline.corrections import Correction
+from headrace.pipeline.gathering import Gathering
 from headrace.pipeline.grid import Grid
 from headrace.pipeline.replicas import Replicas
 from headrace.pipeline.replicas.served import Served
@@ -26,6 +28,7 @@ __all__ = [
     "expected_staleness",
     "make_corrections",
     "make_grid",
+    "make_growth",
     "make_loader",
     "make_loss",
     "make_metrics",
@@ -101,12 +104,19 @@ def samples_per_epoch(config: Config, loader: DataLoader[Any]) -> int | None:
 
 
 def updates(config: Config, loader: DataLoader[Any]) -> int | None:
-    """How many updates the run will make; None where the data does not say how much it has."""
+    """How many updates the run will make; None where nobody knows: the data does not say how much
+    it has, or the size of an update depends on what is measured.
+
+    Raises:
+        ValueError: the size of an update cannot be as it is told.
+    """
     samples = samples_per_epoch(config, loader)
     if samples is None:
         return None
     full, rest = divmod(samples, config.data.batch_size)
     options = config.pipeline
+    if (growth := make_growth(options)) is not None:
+        return _growing_updates(config, growth, [config.data.batch_size] * full + [rest])
     if options.schedule == "stream":  # a mini-batch of few samples has one micro-batch for each
         cuts = min(options.micro_batches, config.data.batch_size)
         per_epoch = full * cuts + min(options.micro_batches, rest)
@@ -115,6 +125,36 @@ def updates(config: Config, loader: DataLoader[Any]) -> int | None:
     total = math.ceil(config.epochs * per_epoch / options.update_every)
     replicas = make_replicas(options)
     return total if replicas is None else replicas.updates(total, count_replicas(config, replicas))
+
+
+def _growing_updates(config: Config, growth: Growth, mini_batches: Sequence[int]) -> int | None:
+    """Play all epochs, whose mini-batches have so many samples; the first one where it measures."""
+    options, updates = config.pipeline, 0
+    gathering = Gathering(1, growth, SCHEDULES[options.schedule].flushes)
+    closes = True
+    for _ in range(1 if growth.measures else config.epochs):
+        gathering.begin()
+        for samples in filter(None, mini_batches):
+            parts = min(options.micro_batches, samples)
+            for k in range(parts):  # as `split` cuts it
+                piece = samples // parts + (k < samples % parts)
+                closes = gathering.closes(piece, k == parts - 1)
+                updates += closes
+    # What is left is applied when the pipeline is closed.
+    return None if growth.measures else updates + (not closes)
+
+
+def make_growth(options: PipelineOptions) -> Growth | None:
+    """How many samples an update has, if that is to grow.
+
+    Raises:
+        ValueError: it cannot be made.
+    """
+    if options.batch_size is None:
+        return None
+    key = "pipeline.batch_size"
+    growth: Growth = call(key, build(key, options.batch_size))
+    return growth
 
 
 def make_replicas(options: PipelineOptions) -> Replicas | None:
@@ -177,6 +217,12 @@ def make_pipeline(
         ValueError, TypeError: something in it cannot be; `Pipeline` says what.
     """
     options = config.pipeline
+    growth = make_growth(options)
+    if growth is not None and growth.measures and uses_total(config.scheduler):
+        raise ValueError(
+            "scheduler: pipeline.batch_size decides by what it measures, so `total` is unknown: "
+            "write the number of updates, or another scheduler"
+        )
     return kind(
         model,
         make_loss(config),
@@ -191,6 +237,7 @@ def make_pipeline(
         slack=options.slack,
         micro_batches=options.micro_batches,
         update_every=options.update_every,
+        batch_size=growth,
         clip_grad_norm=options.clip_grad_norm,
         autocast=_dtype(options.autocast),
         compile=options.compile,
@@ -219,7 +266,8 @@ def make_rules(options: PipelineOptions) -> Rule | list[Rule] | None:
 
 
 def expected_staleness(config: Config, depths: Sequence[int]) -> tuple[float, ...]:
-    """The mean staleness of each stage's gradients once it is warm, in updates.
+    """The mean staleness of each stage's gradients once it is warm, in updates; where the batch
+    grows, at the start, and it falls as much as the batch grows.
 
     Args:
         depths: each stage's micro-batches in flight behind a forward.
@@ -227,7 +275,10 @@ def expected_staleness(config: Config, depths: Sequence[int]) -> tuple[float, ..
     options = config.pipeline
     if SCHEDULES[options.schedule].flushes:
         return tuple(0.0 for _ in depths)
-    return tuple(depth / options.update_every for depth in depths)
+    every = options.update_every
+    if (growth := make_growth(options)) is not None:
+        every = math.ceil(growth.start * options.micro_batches / config.data.batch_size)
+    return tuple(depth / every for depth in depths)
 
 
 def make_settings(config: Config) -> Settings:

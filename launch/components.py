@@ -30,6 +30,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "pipeline.corrections": ("headrace.pipeline.corrections",),
     "pipeline.corrections.factor": ("headrace.pipeline.corrections.learning_rate",),
     "pipeline.replicas": ("headrace.pipeline.replicas",),
+    "pipeline.batch_size": ("headrace.pipeline.batch_size",),
 }
 
 # What a rule or correction calls itself: how many arguments it gives (shapes, parameters, …).

@@ -64,6 +64,9 @@ class PipelineOptions:
     ] = 0
     micro_batches: Annotated[int, "a mini-batch is cut into this many"] = 1
     update_every: Annotated[int, "micro-batches (stream) or mini-batches (others) per update"] = 1
+    batch_size: Annotated[
+        Component | None, "or samples per update, growing: steps, geometric, variance_test"
+    ] = None
     clip_grad_norm: Annotated[float | None, "the largest norm of a gradient"] = None
     autocast: Annotated[Literal["bfloat16", "float16"] | None, "compute in this precision"] = None
     compile: Annotated[bool | dict[str, Any], "torch.compile every stage; or its arguments"] = False

@@ -28,6 +28,7 @@ __all__ = [
     "per_stage",
     "prospect",
     "results_table",
+    "stale",
     "title",
 ]
 
@@ -43,10 +44,16 @@ def title(config: Config, stages: str) -> Text:
     options = config.pipeline
     rule = options.rule or Component("delayed" if options.schedule == "stream" else "exact")
     how = " | ".join(map(_in_words, rule)) if isinstance(rule, list) else _in_words(rule)
-    more = [*([options.replicas] if options.replicas else []), *options.corrections]
+    single = (options.batch_size, options.replicas)
+    more = [*(each for each in single if each), *options.corrections]
     how = ", ".join([how, *map(_in_words, more)])
     words = f"  {stages}, {options.schedule}, {how}, seed {config.seed}\n"
     return Text.assemble((config.name, "bold"), words)
+
+
+def stale(config: Config) -> str:
+    """What the plan's staleness is called: where the batch grows, it falls."""
+    return "stale at start" if config.pipeline.batch_size else "stale"
 
 
 def _in_words(rule: Component) -> str:
@@ -147,10 +154,16 @@ def layers_table(partition: Partition) -> Table:
     return table
 
 
-def partition_table(partition: Partition, staleness: Sequence[float]) -> Table:
-    """A row a stage: what it holds, what it costs, and how late its gradients will be."""
+def partition_table(
+    partition: Partition, staleness: Sequence[float], named: str = "stale"
+) -> Table:
+    """A row a stage: what it holds, what it costs, and how late its gradients will be.
+
+    Args:
+        named: what the staleness is called.
+    """
     table = _table(
-        "stage", "layers", "parameters", "output", "fwd", "bwd", "update", "share", "stale",
+        "stage", "layers", "parameters", "output", "fwd", "bwd", "update", "share", named,
     )  # fmt: skip
     work = sum(partition.costs)
     for j, layers in enumerate(partition.stages):

@@ -22,6 +22,7 @@ from .display import (
     partition_table,
     prospect,
     results_table,
+    stale,
     title,
 )
 from .ranks import processes
@@ -48,7 +49,8 @@ class Journal:
         self._replicas, self._replica = pipe.replicas, pipe.replica
         copies = f"{pipe.replicas} replicas of " if config.pipeline.replicas else ""
         self._out.print(title(config, f"{copies}{pipe.stages} stages{where}"))
-        self._out.print(partition_table(pipe.partition, expected_staleness(config, pipe.depths)))
+        staleness = expected_staleness(config, pipe.depths)
+        self._out.print(partition_table(pipe.partition, staleness, stale(config)))
         self._out.print(prospect(pipe.partition))
         if stability := look_ahead(config, pipe):
             self._out.print(stability)
@@ -74,6 +76,7 @@ class Journal:
             "loss": progress.loss,
             "samples_per_second": progress.samples_per_second,
             "learning_rate": progress.learning_rate,
+            "batch_size": progress.batch_size,
             "staleness": progress.staleness,
             "busy": progress.busy,
         }

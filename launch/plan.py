@@ -24,7 +24,7 @@ from .assemble import (
     updates,
 )
 from .config import Config, parse
-from .display import console, layers_table, partition_table, prospect, title
+from .display import console, layers_table, partition_table, prospect, stale, title
 from .ranks import refuse
 from .stability import foresee
 
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     out.print(title(config, f"{len(plan.sizes)} stages"))
     out.print(layers_table(plan))
     out.print()
-    out.print(partition_table(plan, staleness))
+    out.print(partition_table(plan, staleness, stale(config)))
     out.print(prospect(plan))
     if stability := foresee(config, staleness):
         out.print(stability)

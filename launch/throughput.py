@@ -73,6 +73,11 @@ def parse_command(arguments: Sequence[str]) -> tuple[Config, Options]:
             "throughput measures one pipeline: write --pipeline.replicas null; "
             "headrace.launch.studies.scaling measures replicas"
         )
+    if config.pipeline.batch_size is not None:
+        raise ValueError(
+            "throughput measures updates of one size: write --pipeline.batch_size null, and "
+            "pipeline.update_every for the size that matters"
+        )
     check_stages(config.stages)
     keys = dict(read_overrides(rest))
     file = keys.pop("config", None)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .batch_size import Growth
 from .corrections import Correction
 from .grid import Grid
 from .link import Link
@@ -20,6 +21,7 @@ __all__ = [
     "check_corrections",
     "check_counts",
     "check_fitting",
+    "check_growth",
     "check_kinds",
     "check_rules",
     "check_shared",
@@ -237,3 +239,26 @@ def check_counts(micro_batches: int, update_every: int, clip_grad_norm: float | 
     clip = clip_grad_norm
     if clip is not None and (not isinstance(clip, int | float) or not clip > 0):
         raise ValueError(f"clip_grad_norm={clip_grad_norm!r}: give a number > 0, or None")
+
+
+def check_growth(batch_size: Any, update_every: int, replicas: Replicas | None) -> None:
+    """Refuse what does not tell how many samples an update has, or cannot beside the others."""
+    if batch_size is None:
+        return
+    if not isinstance(batch_size, Growth):
+        raise TypeError(
+            f"batch_size={batch_size!r}: give an object, as in batch_size=Steps([64, 512], at=[5]) "
+            "with from headrace.pipeline.batch_size import Steps; a constant size is "
+            "update_every= micro-batches of the loader's"
+        )
+    if update_every != 1:
+        raise ValueError(
+            f"update_every={update_every} beside batch_size=: both say when an update is made, one "
+            "in micro-batches and one in samples: leave one of them out"
+        )
+    if replicas is not None:
+        raise ValueError(
+            f"batch_size= beside replicas={type(replicas).__name__}(…): each replica would end its "
+            "updates by its own count, and those who wait for each other would wait in vain: leave "
+            "one of them out, or write update_every="
+        )

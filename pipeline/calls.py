@@ -84,7 +84,7 @@ def _infer(engine: "Engine", finish: Callable[[Nest, Nest], Nest]) -> "Steps":
     stage.set_training(False)
     replies: list[Message] = []
     depth = stage.count - 1 - stage.index
-    stretch = Stretch(SCHEDULES["stream"].actions(depth, 1, 0, 0))
+    stretch = Stretch(SCHEDULES["stream"].actions(depth, 0))
     there = True
     while there:
         message = yield from engine.take(engine.links.from_upstream)
@@ -92,7 +92,7 @@ def _infer(engine: "Engine", finish: Callable[[Nest, Nest], Nest]) -> "Steps":
         own = _infer_one(engine, message, finish) if there else None
         if not there:
             engine.send_down(message)
-        for action in stretch.after(there):
+        for action in stretch.after(False if there else None):
             if isinstance(action, Backward):
                 reply = own or (yield from engine.take(engine.links.from_downstream))
                 replies.append(reply)

@@ -26,6 +26,7 @@ from torch import Tensor
 from . import calls
 from .channel import Inbox, Links
 from .finite import explain
+from .gathering import Gathering
 from .gradient import all_finite
 from .message import Kind, Message
 from .nest import Nest, leaves, to_device, total_bytes
@@ -83,6 +84,10 @@ class Engine:
         self.stage, self.schedule, self.links = stage, schedule, links
         self.depths = stage_depths
         self.books = Books(stage.count)
+        settings = stage.settings
+        self.gathering = Gathering(
+            settings.update_every, settings.batch_size, schedule.flushes, self.books
+        )
         self.expected = Call.TRAIN
         self.metrics: Metrics = {}
         self.incoming: Mapping[str, Tensor] = {}
@@ -99,7 +104,7 @@ class Engine:
         self._heard = 0  # losses that have come up to here, or are this stage's own
         self._losses: list[Tensor] = []  # those not passed on yet
         self._below = Row().numbers() * (stage.count - 1 - stage.index)
-        self.trained = self._stretches = 0
+        self.trained = 0
         self._stretch = self._new_stretch()
 
     def restart_shares(self) -> None:
@@ -156,6 +161,7 @@ class Engine:
         self.stage.set_training(True)
         yield from self.stage.peers.ready(self)
         self.books.begin()
+        self.gathering.begin()
         start, before = time.perf_counter(), list(self.recorder.seconds)
         while True:
             message = yield from self._next()
@@ -208,7 +214,7 @@ class Engine:
     def _feed(self, message: Message) -> Steps:
         """One tick: a forward, then what the schedule puts before the next one."""
         yield from self._forward(message)
-        for action in self._stretch.after(True):
+        for action in self._stretch.after(bool(message.numbers[1])):
             yield from self._perform(action)
         if self._must_drain(message):
             yield from self._drain()
@@ -217,29 +223,22 @@ class Engine:
         """Whether nothing may be in flight beyond this micro-batch."""
         if self.schedule.flushes:
             return message.last
-        updates, rest = divmod(self.trained, self.stage.update_every)
-        return rest == 0 and updates <= self.stage.kit.synchronous
+        return bool(message.numbers[1]) and self.stage.is_synchronous
 
     def _drain(self) -> Steps:
         """Bring everything in flight to its end."""
-        for action in self._stretch.after(False):
+        for action in self._stretch.after(None):
             yield from self._perform(action)
         # Losses that came too late to ride up with a gradient.
         while self._heard < self.trained:
             self._hear((yield from self.take(self.links.from_downstream)))
         if self._losses:
             self._tell(-1, [])
-        self._stretches += self.trained > self._stretch_began
         self._stretch = self._new_stretch()
 
     def _new_stretch(self) -> Stretch:
         stage = self.stage
-        self._stretch_began = self.trained
-        return Stretch(
-            self.schedule.actions(
-                stage.depth, stage.update_every, self.trained, self._stretches, stage.ahead
-            )
-        )
+        return Stretch(self.schedule.actions(stage.depth, self.trained, stage.ahead))
 
     def _perform(self, action: Action) -> Steps:
         if isinstance(action, Backward):
@@ -280,8 +279,8 @@ class Engine:
         source = None
         if self.links.from_first is not None:
             source, x = x, self.stage.rule.guess_input(self.stage, x)
-        samples = int(message.numbers[0])
-        return self.stage.forward(message.index, x, target, samples, source), target
+        samples, closes = int(message.numbers[0]), bool(message.numbers[1])
+        return self.stage.forward(message.index, x, target, samples, source, closes), target
 
     def read_input(self, message: Message) -> tuple[Nest, Nest]:
         assert isinstance(message.body, tuple)
@@ -342,6 +341,7 @@ class Engine:
             figures.synthesizer_loss,
             figures.cosine,
             figures.local_loss,
+            *stage.sampled,
         )
         numbers = row.numbers() + self._below
         losses, self._losses = self._losses, []
@@ -350,7 +350,8 @@ class Engine:
             self.send_up(Message(Kind.RESULT, index, numbers=numbers, body=body))
             return
         for loss in losses:
-            self.books.note(loss, numbers, stage.version, stage.learning_rate)
+            rate, samples = stage.learning_rate, stage.latest_samples
+            self.books.note(loss, numbers, stage.version, rate, samples)
 
     def _learn(self, index: int) -> Steps:
         """Take in what came back for micro-batch `index` and those before, and what came early."""

@@ -1,7 +1,7 @@
 """What the first stage is fed: a user's loader as messages, and what is wrong with it."""
 
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -55,7 +55,12 @@ def begin(call: Call) -> Iterator[Message]:
 
 
 def feed(
-    call: Call, batches: Iterable[tuple[Nest, Nest]], parts: int, start: int, tune_at: int | None
+    call: Call,
+    batches: Iterable[tuple[Nest, Nest]],
+    parts: int,
+    start: int,
+    tune_at: int | None,
+    closes: Callable[[int, bool], bool] = lambda samples, last: False,
 ) -> Iterator[Message]:
     """The messages of a call over a loader: begin, each micro-batch with its samples, end.
 
@@ -63,6 +68,8 @@ def feed(
         parts: micro-batches to a mini-batch.
         start: the first micro-batch's index.
         tune_at: the index before which to measure the links; None for never.
+        closes: whether a micro-batch of so many samples, the last of its mini-batch or not, closes
+            an update; asked when it is fed.
     """
     yield from begin(call)
     for batch in batches:
@@ -70,8 +77,9 @@ def feed(
         for k, piece in enumerate(pieces):
             if start == tune_at:
                 yield Message(Kind.TUNE)
-            last, size = k == len(pieces) - 1, (float(samples(piece)),)
-            yield Message(Kind.MICRO_BATCH, start, last, size, piece)
+            last, size = k == len(pieces) - 1, samples(piece)
+            numbers = (float(size), float(closes(size, last)))
+            yield Message(Kind.MICRO_BATCH, start, last, numbers, piece)
             start += 1
     yield Message(Kind.END)
 

@@ -5,7 +5,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-__all__ = ["Gradient", "all_finite"]
+from .batch_size.sampled import Sampled, variance
+
+__all__ = ["Gradient", "all_finite", "squared_norm"]
 
 
 @dataclass
@@ -23,6 +25,8 @@ class Gradient:
         first: samples times factor of the first micro-batch.
         weight: samples times factor of all.
         versions: the weight version of each micro-batch's forward.
+        measures: keep what tells how much the samples' gradients differ.
+        squares: Σ weight · ‖mean‖² over the micro-batches. counted: how many they are.
     """
 
     sums: dict[str, Tensor] = field(default_factory=dict)
@@ -31,6 +35,9 @@ class Gradient:
     weight: float = 0
     versions: list[int] = field(default_factory=list)
     finite: bool = True
+    measures: bool = False
+    squares: Tensor | float = 0.0
+    counted: int = 0
 
     def add(
         self,
@@ -52,6 +59,9 @@ class Gradient:
         self.versions += versions
         if not factor:
             return
+        if self.measures:  # now: the tensors change from here on
+            self.squares = self.squares + samples * factor * squared_norm(means)
+            self.counted += 1
         self.weight += samples * factor
         self.first = self.first or samples * factor
         weight = samples * factor / self.first
@@ -76,6 +86,25 @@ class Gradient:
             for value in self.sums.values():
                 value.mul_(self.first / self.weight)
         return self.sums
+
+    def sampled(self) -> Sampled:
+        """The samples' variance and the mean's square, once `mean` was called; waits for the
+        device.
+        """
+        mean = float(squared_norm(self.sums))
+        # A factor common to all micro-batches weighs none of them more.
+        total = variance(float(self.squares), self.weight, mean, self.counted) / (self.rate or 1.0)
+        return Sampled(total, mean)
+
+
+def squared_norm(tensors: dict[str, Tensor]) -> Tensor | float:
+    """Σ ‖t‖² over tensors by name, in float64; 0-d, or 0 where there is none."""
+    total: Tensor | float = 0.0
+    for tensor in tensors.values():
+        values = tensor.coalesce().values() if tensor.is_sparse else tensor
+        values = torch.view_as_real(values) if values.is_complex() else values
+        total = total + torch.linalg.vector_norm(values, dtype=torch.float64).square()
+    return total
 
 
 def all_finite(tensors: list[Tensor]) -> bool:

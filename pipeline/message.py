@@ -59,7 +59,8 @@ class Message:
     Args:
         index: the micro-batch, or the call that begins.
         last: the micro-batch is the last of its mini-batch.
-        numbers: what is known to the host.
+        numbers: what is known to the host; of a micro-batch its samples, and whether it closes an
+            update.
         body: a nest of tensors; those that require a gradient do so at the receiver too.
     """
 

@@ -20,12 +20,14 @@ from .arguments import (
     check_corrections,
     check_counts,
     check_fitting,
+    check_growth,
     check_kinds,
     check_rules,
     check_shared,
     check_timeout,
     lay_out,
 )
+from .batch_size import Growth
 from .blueprint import Blueprint
 from .channel import Links
 from .corrections import Correction
@@ -97,6 +99,10 @@ class Pipeline:
             number, one for each hop, or 'auto' (measured; torchrun only).
         micro_batches: how many a mini-batch is cut into.
         update_every: micro-batches to an update under 'stream', mini-batches under the others.
+        batch_size: how many samples an update has instead, and how that grows while the stream
+            flows on: `Steps()`, `Geometric()`, `VarianceTest()`. The loader's mini-batches and
+            `micro_batches` stay: an update ends with the micro-batch (under the others: mini-batch)
+            with which its samples are there.
         clip_grad_norm: the largest 2-norm of a gradient: per stage under 'stream', over the whole
             model under the others.
         autocast: a dtype, as in torch.autocast.
@@ -130,6 +136,7 @@ class Pipeline:
         slack: int | Sequence[int] | Literal["auto"] = 0,
         micro_batches: int = 1,
         update_every: int = 1,
+        batch_size: Growth | None = None,
         clip_grad_norm: float | None = None,
         autocast: torch.dtype | None = None,
         compile: bool | Mapping[str, Any] = False,
@@ -172,6 +179,7 @@ class Pipeline:
                     "none: start it with torchrun, or leave it out"
                 )
             check_counts(micro_batches, update_every, clip_grad_norm)
+            check_growth(batch_size, update_every, replicas)
             self._model, self._micro_batches = model, micro_batches
             order = SCHEDULES[schedule]
             if rule is None:
@@ -202,6 +210,7 @@ class Pipeline:
                 compile=dict(compile) if isinstance(compile, Mapping) else {} if compile else None,
                 stops_on_nonfinite=on_nonfinite == "stop",
                 corrections=tuple(corrections),
+                batch_size=batch_size,
             )
             own = replicas.settings(settings) if replicas else settings
             check_fitting(own.corrections, rules, order)
@@ -266,12 +275,12 @@ class Pipeline:
             raise ValueError(f"log_every={log_every!r}: give a whole number >= 1")
         batches = self._open(loader, pairs_only=True, deals=True)
         self._warn_of_delay()
-        start = 0
+        messages = None
         for engine in self._engines[:1]:
             engine.books.log, engine.books.log_every = log, log_every
-            start = engine.trained
-        tune_at = TUNE_AT if self._tunes else None
-        messages = feed(Call.TRAIN, batches, self._micro_batches, start, tune_at)
+            parts, tune_at = self._micro_batches, TUNE_AT if self._tunes else None
+            start, closes = engine.trained, engine.gathering.closes
+            messages = feed(Call.TRAIN, batches, parts, start, tune_at, closes)
         report: Report = self._run(Call.TRAIN, messages)
         return report
 

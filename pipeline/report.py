@@ -10,6 +10,8 @@ from itertools import chain
 import torch
 from torch import Tensor
 
+from .batch_size.sampled import Sampled
+
 __all__ = [
     "Books",
     "Figures",
@@ -92,6 +94,7 @@ class Progress:
         synthesizer_loss, cosine, local_loss: of each stage (`Figures`), None where it has none.
         lag: of each stage, updates between a synthetic gradient's use and the arrival of the one
             that it stood for; None where there is none.
+        batch_size: samples in the first stage's latest update; 0 before there is one.
     """
 
     micro_batch: int
@@ -106,6 +109,7 @@ class Progress:
     cosine: tuple[float | None, ...] = ()
     local_loss: tuple[float | None, ...] = ()
     lag: tuple[float | None, ...] = ()
+    batch_size: int = 0
 
 
 @dataclass(frozen=True)
@@ -237,6 +241,7 @@ class Row:
 
     Args:
         clock: seconds, on the stage's own clock, at which they were taken.
+        variance, squared_norm: of its latest update (`batch_size.Sampled`); NaN is what it has not.
     """
 
     staleness: float = 0.0
@@ -247,8 +252,10 @@ class Row:
     synthesizer_loss: float = math.nan
     cosine: float = math.nan
     local_loss: float = math.nan
+    variance: float = math.nan
+    squared_norm: float = math.nan
 
-    WIDTH = 8
+    WIDTH = 10
 
     def numbers(self) -> tuple[float, ...]:
         """Write it as numbers, for a header."""
@@ -261,6 +268,8 @@ class Row:
             self.synthesizer_loss,
             self.cosine,
             self.local_loss,
+            self.variance,
+            self.squared_norm,
         )
 
     @classmethod
@@ -311,12 +320,25 @@ class Books:
         """Every stage's figures, as the latest micro-batch brought them."""
         return Row.read(self._numbers)
 
+    @property
+    def sampled(self) -> Sampled:
+        """Over all stages, as the latest micro-batch brought it; NaN while one has told nothing."""
+        rows = self.rows
+        return Sampled(sum(row.variance for row in rows), sum(row.squared_norm for row in rows))
+
     def begin(self) -> None:
         """A call of `train` begins; what was drained in between counts for it."""
         self._start = self._last = time.perf_counter()
         self._rows = self.rows
 
-    def note(self, loss: Tensor, numbers: tuple[float, ...], version: int, rate: float) -> None:
+    def note(
+        self,
+        loss: Tensor,
+        numbers: tuple[float, ...],
+        version: int,
+        rate: float,
+        batch_size: int = 0,
+    ) -> None:
         """The next micro-batch's loss (0-d, on the device) has come back, with the numbers."""
         self._losses.append(loss.detach())
         self._samples.append(self._out.popleft())
@@ -324,14 +346,14 @@ class Books:
         if not self._rows[0].clock:
             self._rows = self.rows  # the first ever: shares are counted from here
         if len(self._losses) == self.log_every:
-            self._log(version, rate)
+            self._log(version, rate, batch_size)
 
     def fed(self, samples: int) -> None:
         """A micro-batch has gone in."""
         self._fed += 1
         self._out.append(samples)
 
-    def _log(self, version: int, rate: float) -> None:
+    def _log(self, version: int, rate: float, batch_size: int) -> None:
         loss, samples = self._read()
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
@@ -361,6 +383,7 @@ class Books:
                     cosine=tuple(known(row.cosine) for row in rows),
                     local_loss=tuple(known(row.local_loss) for row in rows),
                     lag=tuple(known(row.lag) for row in rows),
+                    batch_size=batch_size,
                 )
             )
 

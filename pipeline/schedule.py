@@ -1,10 +1,11 @@
 """Schedules: the order of work on one stage, as data; nothing here knows of torch.
 
 A schedule yields what to do next: `Forward(i)`, `Backward(i)`, `Update()`, `Learn(i)`. It is a
-generator that is told, in answer to each `Forward`, whether there was a micro-batch; `False` drains
-it. All are one loop with three differences: how many micro-batches stay in flight behind a forward,
-whether a mini-batch's end drains, and whether a stage waits for gradients at all. Three stages, one
-slot an action (`draw` makes these):
+generator that is told, in answer to each `Forward`, what came: a micro-batch that closes an update
+(`True`), one that does not (`False`), or nothing more (`None`), which drains it. All are one loop
+with three differences: how many micro-batches stay in flight behind a forward, whether a
+mini-batch's end drains, and whether a stage waits for gradients at all. Three stages, one slot an
+action (`draw` makes these):
 
     gpipe     F0 F1 F2 F3 .  .  .  .  B0 B1 B2 B3
               .  F0 F1 F2 F3 .  .  B0 B1 B2 B3 .
@@ -24,7 +25,8 @@ slot an action (`draw` makes these):
 """
 
 import math
-from collections.abc import Generator, Iterator, Sequence
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 __all__ = [
@@ -71,7 +73,7 @@ class Learn:
 
 
 Action = Forward | Backward | Update | Learn
-Actions = Generator[Action, bool, None]
+Actions = Generator[Action, bool | None, None]
 
 
 def depths(
@@ -118,16 +120,14 @@ class Schedule:
         """Each stage's micro-batches in flight behind a forward; slack is the stream's alone."""
         return depths(stages, 0 if self.flushes else slack, waits)
 
-    def actions(
-        self, depth: float, update_every: int, start: int, stretch: int, ahead: int | None = None
-    ) -> Actions:
+    def actions(self, depth: float, start: int, ahead: int | None = None) -> Actions:
         """The actions of one stretch: a mini-batch, or the stream from one drain to the next.
+
+        Under a flush only a mini-batch's last micro-batch closes an update.
 
         Args:
             depth: micro-batches in flight behind a forward.
-            update_every: micro-batches (stream) or mini-batches (flushing) to an update.
             start: the stretch's first micro-batch, counted since training began.
-            stretch: how many stretches came before.
             ahead: micro-batches sent on at most of which nothing has come back yet, on a stage
                 that waits for no gradient; None on one that does.
         """
@@ -136,21 +136,27 @@ class Schedule:
         elif self.unbounded:
             depth = math.inf
         forward = backward = start
-        more = True
+        marks: deque[bool] = deque()  # of those in flight
+        closes, more = False, True
         while more or backward < forward:
             if more and forward - backward <= depth:
-                more = yield Forward(forward)
-                forward += more
+                mark = yield Forward(forward)
+                if mark is None:
+                    more = False
+                else:
+                    marks.append(mark)
+                    forward += 1
             else:
                 yield Backward(backward)
                 backward += 1
-                if not self.flushes and backward % update_every == 0:
+                closes = marks.popleft()
+                if closes and not self.flushes:
                     yield Update()
                 if ahead is not None:
                     yield Learn(backward - 1 - ahead)
         if ahead is not None:
             yield Learn(backward - 1)
-        if self.flushes and forward > start and (stretch + 1) % update_every == 0:
+        if closes and self.flushes:
             yield Update()
 
 
@@ -168,10 +174,10 @@ class Stretch:
         self._actions = actions
         next(actions)  # the first is a Forward
 
-    def after(self, there: bool) -> Iterator[Action]:
+    def after(self, mark: bool | None) -> Iterator[Action]:
         """Answer the Forward that is due, and give the actions up to the next one."""
         try:
-            action = self._actions.send(there)
+            action = self._actions.send(mark)
             while not isinstance(action, Forward):
                 yield action
                 action = next(self._actions)
@@ -179,16 +185,17 @@ class Stretch:
             return
 
 
-def play(actions: Actions, micro_batches: int) -> Iterator[Action]:
-    """List a stretch's actions when exactly so many micro-batches come."""
-    action = next(actions)
+def play(actions: Actions, marks: Iterable[bool]) -> Iterator[Action]:
+    """List a stretch's actions when exactly these micro-batches come: whether each closes an
+    update.
+    """
+    action, remaining = next(actions), iter(marks)
     while True:
-        there = not isinstance(action, Forward) or micro_batches > 0
-        if there:
+        mark = next(remaining, None) if isinstance(action, Forward) else None
+        if mark is not None or not isinstance(action, Forward):
             yield action
-        micro_batches -= isinstance(action, Forward)
         try:
-            action = actions.send(there)
+            action = actions.send(mark)
         except StopIteration:
             return
 
@@ -199,10 +206,7 @@ def draw(schedule: Schedule, stages: int, micro_batches: int, slack: int = 0) ->
     A forward waits for the stage before, a backward for the stage after.
     """
     depth = schedule.depths(stages, slack)
-    queues = [
-        [a for a in play(schedule.actions(d, 1, 0, 0), micro_batches) if not isinstance(a, Update)]
-        for d in depth
-    ]
+    queues = [[*play(schedule.actions(d, 0), [False] * micro_batches)] for d in depth]
     rows: list[list[str]] = [[] for _ in range(stages)]
     done: set[tuple[type, int, int]] = set()
     while any(queues):

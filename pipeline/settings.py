@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from .batch_size import Growth
 from .corrections import Correction
 from .errors import InputError, first_line
 from .loss import Loss
@@ -38,6 +39,7 @@ class Settings:
     Args:
         compile: keywords of torch.compile; None runs the layers as they are.
         stops_on_nonfinite: raise at the first loss or gradient that is not finite, or skip.
+        batch_size: how many samples an update has, in place of `update_every`.
     """
 
     loss_fn: Loss
@@ -49,6 +51,7 @@ class Settings:
     compile: dict[str, Any] | None = None
     stops_on_nonfinite: bool = True
     corrections: tuple[Correction, ...] = ()
+    batch_size: Growth | None = None
 
 
 def autocasting(dtype: torch.dtype | None, device: torch.device) -> AbstractContextManager[Any]:

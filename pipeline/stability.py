@@ -206,7 +206,7 @@ def stalest(stages: Iterable["Stage"]) -> Stability | None:
     correction, weight prediction); or no optimizer is SGD or one of Adam's.
     """
     found = [
-        examine(stage.index, stage.depth / stage.update_every, stage.optimizers)
+        examine(stage.index, stage.depth / stage.settings.update_every, stage.optimizers)
         for stage in stages
         if speaks_of(stage.rule, stage.settings.corrections)
     ]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from .batch_size.sampled import UNKNOWN
 from .corrections.kit import Kit
 from .gradient import Gradient, all_finite
 from .layers import Layers, Places
@@ -100,7 +101,6 @@ class Stage:
         self.ahead, self.seed = ahead, seed
         self.layers, self.settings, self.device = layers, settings, device
         self.is_first, self.is_last = index == 0, index == count - 1
-        self.update_every = settings.update_every
         self.compiled, self.autocast = settings.compile is not None, settings.autocast is not None
         self.trainable = {n: p for n, p in layers.named_parameters() if p.requires_grad}
         self.places = Places(layers)
@@ -110,7 +110,11 @@ class Stage:
         self.flights: dict[int, Flight] = {}
         self.awaiting_gradient: deque[Flight] = deque()
         self.awaiting_input: deque[Flight] = deque()
-        self.gradient = Gradient()
+        self._measures = settings.batch_size is not None and settings.batch_size.measures
+        self.gradient = Gradient(measures=self._measures)
+        self.sampled = UNKNOWN
+        self.closed = 0  # updates that are closed by the micro-batches run forward so far
+        self.latest_samples = 0
         self.version = self.skipped = self.most_in_flight = 0
         self.staleness: Counter[int] = Counter()
         self.latest_staleness = 0.0
@@ -144,6 +148,13 @@ class Stage:
         """Whether a backward may use copies of the weights that its forward has made."""
         return self.compiled or self.autocast
 
+    @property
+    def is_synchronous(self) -> bool:
+        """Whether the last update that is to be made of what it has run forward may make nothing
+        late that comes after it.
+        """
+        return self.closed <= self.kit.synchronous
+
     def discount(self, staleness: int) -> float:
         """What the learning rate is multiplied by, for a gradient this many updates old."""
         return self.kit.factor(staleness)
@@ -152,7 +163,15 @@ class Stage:
         """Of the first weights of a network of the rule's: unlike those of any other."""
         return (self.seed + 1) * 1_000_003 + 10_007 * (self.index + 1) + which
 
-    def forward(self, index: int, x: Nest, target: Nest, samples: int, source: Nest = None) -> Nest:
+    def forward(
+        self,
+        index: int,
+        x: Nest,
+        target: Nest,
+        samples: int,
+        source: Nest = None,
+        closes: bool = False,
+    ) -> Nest:
         """Run a micro-batch forward, and keep what its backward needs.
 
         Args:
@@ -160,6 +179,7 @@ class Stage:
                 does so here, as a leaf.
             target: rides along to the last stage, which takes the loss.
             source: the network's own input, where `x` was guessed from it.
+            closes: its gradient is the last one of an update.
 
         Returns:
             The output; its tensors require a gradient where one is to come back.
@@ -171,6 +191,7 @@ class Stage:
         flight = Flight(index, samples, self.timestamp, x, kept, weights, source)
         self.flights[index] = flight
         self.most_in_flight = max(self.most_in_flight, len(self.flights))
+        self.closed += closes
         with self.random.in_force() if self.random else nullcontext():
             if self.rule.recomputes and self.depth:
                 flight.random = RandomState.capture(self.device)
@@ -353,7 +374,10 @@ class Stage:
             norm: the gradient's norm over all stages, to clip by; None clips by this stage's own.
             finite: whether the gradients of all stages that must agree are finite.
         """
-        done, self.gradient = self.gradient, Gradient()
+        done, self.gradient = self.gradient, Gradient(measures=self._measures)
+        self.latest_samples = done.samples
+        if self._measures:
+            self.sampled = done.sampled() if finite and done.finite else UNKNOWN
         now = self.timestamp
         stale = [now - version for version in done.versions]
         self.staleness.update(stale)
@@ -376,6 +400,11 @@ class Stage:
         with multiplied(self.optimizers, factor):
             for optimizer in self.optimizers:
                 self.kit.move(optimizer, self.latest_staleness)
+
+    def batch_factor(self, samples: int) -> float:
+        """What the learning rate of an update on so many samples is multiplied by."""
+        growth = self.settings.batch_size
+        return growth.factor(samples) if growth and samples else 1.0
 
     def _step_schedulers(self) -> None:
         if self.version:

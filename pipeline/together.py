@@ -16,6 +16,7 @@ The order of every sum is the one that stages have on their own, so the numbers 
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -54,6 +55,8 @@ class Together:
         self._engines = engines
         self._members = [_Member(engine.stage) for engine in engines]
         self._read: deque[tuple[Message, RandomState | None]] = deque()
+        self._closes: dict[int, bool] = {}  # whether each of those closes an update
+        self._closed = 0  # updates that those fed close
         self._fed = 0  # micro-batches that the first stage has run forward, were it alone
         self._draws: bool | None = None  # whether the first stage's layers do; None: not known
         self._doing: str | None = None
@@ -74,6 +77,7 @@ class Together:
         for member in self._members:
             member.stage.set_training(True)
         books.begin()
+        self._engines[0].gathering.begin()
         self._source.open(messages)
         self._draws = None  # the user may have changed a mode
         while (message := self._source.poll()) and message.kind is not Kind.END:
@@ -83,8 +87,11 @@ class Together:
             x, target = self._engines[0].read_input(message)
             self._read.append((message.carrying((x, target)), self._draw(x)))
             books.fed(int(message.numbers[0]))
+            self._closes[self._fed] = bool(message.numbers[1])
+            self._closed += self._closes[self._fed]
             self._fed += 1
-            if len(self._read) > first.depth:
+            drains = message.numbers[1] and self._closed <= first.kit.synchronous
+            while len(self._read) > (-1 if drains else first.depth) and self._read:
                 self._advance()
         return books.close(first.version)
 
@@ -94,11 +101,12 @@ class Together:
         message, random = self._read.popleft()
         self._doing = f"micro-batch {index}"
         for member in self._members:
-            member.take_weights(min(index + member.stage.depth, self._fed - 1))
+            member.take_weights(min(index + member.stage.depth, self._fed - 1), self._closes)
         samples = int(message.numbers[0])
         self._run(index, samples, *cast(tuple[Nest, Nest], message.body), random)
-        for member in self._members:
-            member.update(index)
+        if self._closes.pop(index):
+            for member in self._members:
+                member.update()
         self._doing = None
 
     def _run(
@@ -181,9 +189,11 @@ class Together:
         numbers: list[float] = []
         for member in self._members:
             stage = member.stage
-            numbers += Row(staleness=stage.latest_staleness, skipped=stage.skipped).numbers()
+            row = Row(stage.latest_staleness, skipped=stage.skipped)
+            numbers += replace(row, **stage.sampled._asdict()).numbers()
         first = self._members[0].stage
-        self._engines[0].books.note(loss, tuple(numbers), first.version, first.learning_rate)
+        rate, samples = first.learning_rate, first.latest_samples
+        self._engines[0].books.note(loss, tuple(numbers), first.version, rate, samples)
 
     def _stop(self, flights: Sequence[Flight]) -> None:
         """Stop on the first stage whose output is not finite, or the last with such a gradient."""
@@ -207,7 +217,7 @@ class _Member:
         self._next = 0
         self._copies = Versions()  # where the rule runs on the weights themselves
 
-    def take_weights(self, until: int) -> None:
+    def take_weights(self, until: int, closes: Mapping[int, bool]) -> None:
         """Take the weights for the forwards up to micro-batch `until`, as they are now."""
         stage = self.stage
         for index in range(self._next, until + 1):
@@ -216,6 +226,7 @@ class _Member:
                 weights = self._copies.take(index, stage.trainable)
             if weights is not None:
                 weights.users += 1
+            stage.closed += closes[index]
             self._taken.append((weights, stage.timestamp))
         self._next = max(self._next, until + 1)
         stage.most_in_flight = max(stage.most_in_flight, len(self._taken))
@@ -249,12 +260,12 @@ class _Member:
         if flight.weights is not None and self._changes(flight.weights):
             # Of data, for autograd is not to know of it.
             old = {name: leaf.data for name, leaf in flight.weights.leaves.items()}
-            copy_all(old, self.stage.trainable)
+            age = self.stage.timestamp - flight.version
+            copy_all(old, self.stage.kit.backward_weights(age) or self.stage.trainable)
 
-    def update(self, index: int) -> None:
-        if (index + 1) % self.stage.update_every == 0:
-            self.stage.load_gradient()
-            self.stage.update(None, self.stage.gradient.finite)
+    def update(self) -> None:
+        self.stage.load_gradient()
+        self.stage.update(None, self.stage.gradient.finite)
 
 
 def _hand_over(tensor: Tensor) -> Tensor:

@@ -116,6 +116,8 @@ class BasisRotation(Correction):
                 shrink = 1 - group["lr"] * group["weight_decay"]
                 for parameter in group["params"]:
                     if self._turns(parameter):
+                        # Products are summed in an order that depends on the layout.
+                        parameter.grad = parameter.grad.contiguous()
                         basis = self._follow(parameter, optimizer.state.get(parameter, {}))
                         parameter.grad = rotate(parameter.grad, basis.left, basis.right)
                         # From 0 it goes by the step alone, which then turns back.
@@ -133,8 +135,8 @@ class BasisRotation(Correction):
 
     def _follow(self, parameter: Tensor, state: dict[str, Any]) -> _Basis:
         """Take the gradient into the averages, and turn the first moment if the basis does."""
+        assert parameter.grad is not None
         g = parameter.grad
-        assert g is not None
         # Eigenvectors of half precision there are none.
         wide = g.float() if g.dtype.itemsize < 4 else g
         products, basis = (wide @ wide.T, wide.T @ wide), self._bases.get(id(parameter))

@@ -62,13 +62,17 @@ class Kit:
                 return fill
         return None
 
-    def standing_in(self, staleness: int) -> AbstractContextManager[None]:
-        """Hold what stands in for the weights in their place, for a backward."""
+    def backward_weights(self, staleness: int) -> Mapping[str, Tensor] | None:
+        """What stands in for the weights in a backward; None: nothing does."""
         for correction in self.corrections:
             if correction.stands_in:
-                held = correction.backward_weights(staleness)
-                return nullcontext() if held is None else _holding(self._weights, held)
-        return nullcontext()
+                return correction.backward_weights(staleness)
+        return None
+
+    def standing_in(self, staleness: int) -> AbstractContextManager[None]:
+        """Hold what stands in for the weights in their place, for a backward."""
+        held = self.backward_weights(staleness)
+        return nullcontext() if held is None else _holding(self._weights, held)
 
     def move(self, optimizer: Optimizer, staleness: float) -> None:
         """Have an optimizer move its weights, the first correction around the others."""

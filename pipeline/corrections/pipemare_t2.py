@@ -58,7 +58,7 @@ class PipeMareT2(Correction):
                 "forward's weights, for which nothing can stand in: leave one of the two out"
             )
         self._weights = stage.trainable
-        late = stage.depth / stage.update_every
+        late = stage.depth / stage.settings.update_every
         self._gamma = self.decay ** (1 / late) if late else 0.0
 
     def backward_weights(self, staleness: int) -> Mapping[str, Tensor] | None:

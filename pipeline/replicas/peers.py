@@ -33,7 +33,7 @@ class Peers:
 
     def move(self, stage: "Stage", gradient: Gradient) -> None:
         """Move the weights on the gradient that was loaded into them."""
-        stage.step(gradient.rate)
+        stage.step(gradient.rate * stage.batch_factor(gradient.samples))
 
     def refresh(self, engine: "Engine") -> Steps:
         """After an update: take in what others did to the weights."""

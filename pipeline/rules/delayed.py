@@ -61,7 +61,7 @@ class Stash(Rule):
     def weights(self, stage: "Stage", index: int) -> Version | None:
         if stage.depth == 0:
             return None
-        staleness = index // stage.update_every - stage.version
+        staleness = stage.closed - stage.version
         fill = stage.kit.look_ahead(staleness)
         if fill is None:
             return self.versions.take((stage.version, 0), stage.trainable)
@@ -91,7 +91,7 @@ class Predict(Rule):
     def weights(self, stage: "Stage", index: int) -> Version | None:
         if stage.depth == 0:
             return None
-        staleness = index // stage.update_every - stage.version
+        staleness = stage.closed - stage.version
         if not self.before or staleness == 0:
             return self.versions.take((stage.version, 0), stage.trainable)
 

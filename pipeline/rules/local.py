@@ -14,6 +14,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from ..errors import InputError, first_line
 from ..gradient import Gradient
+from ..learning_rates import multiplied
 from ..nest import describe, leaves
 from ..random_state import RandomState
 from ..report import Figures
@@ -142,8 +143,11 @@ class Local(Rule):
                 parameter.grad = mean.get(name)
             if stage.settings.clip_grad_norm is not None:
                 clip_grad_norm_(self._head.parameters(), stage.settings.clip_grad_norm)
-            for optimizer in self._optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
+            # Its own optimizer's rate is the user's affair.
+            factor = stage.batch_factor(done.samples) if self._optimizer is None else 1.0
+            with multiplied(self._optimizers, factor):
+                for optimizer in self._optimizers:
+                    optimizer.step()
+                    optimizer.zero_grad()
         for scheduler in self._schedulers:
             scheduler.step()

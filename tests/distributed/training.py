@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, TensorDataset
 
 from headrace.pipeline import Pipeline, Progress
+from headrace.pipeline.batch_size import Steps, VarianceTest
 from headrace.pipeline.corrections import (
     AsynchronousNesterov,
     BasisRotation,
@@ -81,16 +82,15 @@ CASES = {
     ),
     "stash, bfloat16, another seed": _stream("stash", autocast=torch.bfloat16, seed=17),
     "stash, adamw": Case(lambda stages: {"clip_grad_norm": 1.0}, adamw),
-    "momentum predicted, nadam, basis rotation": Case(
+    "momentum predicted, nadam": Case(
         lambda stages: {
-            "corrections": [
-                WeightPrediction("momentum"),
-                LearningRate("inverse_sqrt"),
-                BasisRotation(refresh=2),
-            ],
+            "corrections": [WeightPrediction("momentum"), LearningRate("inverse_sqrt")],
             "scheduler": halve_slowly,
         },
         nadam,
+    ),
+    "last update predicted, nadam, basis rotation": Case(
+        lambda stages: {"corrections": [WeightPrediction(), BasisRotation(refresh=2)]}, nadam
     ),
     "last update predicted, spikes, gap-aware, slack 1": Case(
         lambda stages: {
@@ -135,6 +135,27 @@ CASES = {
             "schedule": "gpipe",
             "micro_batches": 2,
             "clip_grad_norm": 0.1,
+        }
+    ),
+    "predict, a batch that grows in steps": _stream(
+        "predict", slack=1, batch_size=Steps([9, 20, 31], at=[1, 2], rate="sqrt")
+    ),
+    "stash, the variance test": _stream(
+        "stash", micro_batches=3, batch_size=VarianceTest(9, most=40, theta=1.0)
+    ),
+    "full unlock, the variance test": Case(
+        lambda stages: {
+            "rule": Synthetic(inputs="synthetic"),
+            "micro_batches": 2,
+            "batch_size": VarianceTest(9, most=30),
+        }
+    ),
+    "1f1b, a batch that grows": Case(
+        lambda stages: {
+            "schedule": "1f1b",
+            "micro_batches": 3,
+            "clip_grad_norm": 0.1,
+            "batch_size": VarianceTest(9, most=30, theta=0.5),
         }
     ),
     "gpipe": Case(lambda stages: {"schedule": "gpipe", "micro_batches": 3}),

@@ -191,6 +191,62 @@ def test_the_number_of_updates_is_known_beforehand(
     assert [stage["updates"] for stage in stages] == [made, made]
 
 
+def batch_size(name: str, **arguments: Any) -> list[str]:
+    return ["--pipeline.batch_size", json.dumps({"class_path": name, "init_args": arguments})]
+
+
+@pytest.mark.parametrize(
+    ("more", "total", "made"),
+    [
+        # 8 six times and 2 | + 8, then 16, 16 and 10 of 16.
+        (batch_size("steps", sizes=[8, 16], at=[1]), 10, 9),
+        # 8; 16 of 10; 16 of 12; 8 + 2 | + 8 of 15; 24 of 18; 18 of 21.
+        (batch_size("geometric", start=8, most=30), 6, 5),
+        # Cut in 3, 3 and 2: six 8s and 2 | + 3 + 3, and the rest is less than 800.
+        (
+            [*batch_size("steps", sizes=8, factor=100, at=[1]), "--pipeline.micro_batches", "3"],
+            8,
+            7,
+        ),
+        # Whole mini-batches: 24, 24 and 2 | + 24, and 26 of 48.
+        (
+            [
+                *batch_size("steps", sizes=24, factor=2, at=[1]),
+                *("--pipeline.schedule", "1f1b", "--pipeline.micro_batches", "2"),
+            ],
+            4,
+            3,
+        ),
+    ],
+    ids=["steps", "geometric", "cut", "1f1b"],
+)
+def test_the_number_of_updates_of_a_batch_that_grows(
+    folder: Path, more: list[str], total: int, made: int
+) -> None:
+    config = parse(["--config", "tiny.yaml", *more])
+    assert updates(config, make_loader(config, "data.train", config.data.train)) == total
+    train(*more)
+    stages = json.loads(Path("runs/tiny/summary.json").read_text())["stages"]
+    assert [stage["updates"] for stage in stages] == [made, made]
+
+
+def test_a_batch_that_grows_by_what_is_measured(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = batch_size("variance_test", start=16, most=50, theta=0.5)
+    config = parse(["--config", "tiny.yaml", *more])
+    assert updates(config, make_loader(config, "data.train", config.data.train)) is None
+    with pytest.raises(SystemExit):
+        train(*more)
+    assert "pipeline.batch_size decides by what it measures" in capsys.readouterr().err
+    train(*more, "--scheduler.class_path", "ExponentialLR", "--scheduler.init_args.gamma", "0.9")
+    assert "stale at start" in capsys.readouterr().out
+    assert next(e["batch_size"] for e in events("tiny") if e["event"] == "progress") == 16
+    with pytest.raises(SystemExit):
+        train(*batch_size("variance_test", start=8, most=50), "--scheduler", "null")
+    assert "start at 9 or more" in capsys.readouterr().err
+
+
 def test_the_scheduler_is_told_the_number_of_updates(folder: Path) -> None:
     train("--scheduler", "LinearLR", "--scheduler.init_args",
           "{start_factor: 1.0, end_factor: 0.0, total_iters: total}")  # fmt: skip
@@ -338,6 +394,10 @@ def test_expected_staleness(folder: Path) -> None:
     assert of() == (3.0, 0.0)
     assert of("--pipeline.update_every", "2") == (1.5, 0.0)
     assert of("--pipeline.schedule", "1f1b") == (0.0, 0.0)
+    # At the start: 20 samples are three micro-batches of 8, or five of 4.
+    growing = batch_size("geometric", start=20, most=50)
+    assert of(*growing) == (1.0, 0.0)
+    assert of(*growing, "--pipeline.micro_batches", "2") == (0.6, 0.0)
 
 
 # Processes ----------------------------------------------------------------------------------

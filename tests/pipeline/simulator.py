@@ -5,12 +5,15 @@ version of every stage's weights is kept, so micro-batch k runs forward through 
 weights and backward at once. A version is always there when it is asked for: no forward sees more
 than the updates of the micro-batches before it.
 
-Letters: K = `update_every`; p = the first micro-batch after the last drain; d_j = micro-batches in
-flight behind a forward of stage j. F(k) sees version max(p, k - d_j) // K; its gradient is in the
-update that makes version k // K + 1; so B(k) happens at version k // K, whatever the drains.
+Letters: u(k) = updates closed by the micro-batches before k, k // K where every K-th closes one;
+p = the first micro-batch after the last drain; d_j = micro-batches in flight behind a forward of
+stage j. F(k) sees version u(max(p, k - d_j)); its gradient is in the update that makes version
+u(k) + 1; so B(k) happens at version u(k), whatever the drains.
 """
 
 import copy
+import itertools
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -65,7 +68,8 @@ class _Stage:
         self.scheduler = scheduler(self.optimizer) if scheduler and self.optimizer else None
         self.history: list[Weights] = [self.snapshot()]
         self.sum: Weights = {n: torch.zeros_like(p) for n, p in self.newest.items()}
-        self.samples = 0
+        self.samples = self.counted = 0
+        self.squares = 0.0
 
     def snapshot(self) -> Weights:
         return {n: p.detach().clone() for n, p in self.newest.items()}
@@ -87,17 +91,29 @@ class _Stage:
     def accumulate(self, gradients: Weights, samples: int) -> None:
         for name, gradient in gradients.items():
             self.sum[name] += samples * gradient
+            self.squares += samples * float(gradient.square().sum())
         self.samples += samples
+        self.counted += 1
 
-    def update(self) -> None:
+    def noise(self) -> tuple[float, float]:
+        """The samples' variance by the micro-batches' means, and the mean's square."""
+        mean = sum(float((total / self.samples).square().sum()) for total in self.sum.values())
+        spread = self.squares - self.samples * mean
+        return spread / (self.counted - 1) if self.counted > 1 else math.nan, mean
+
+    def update(self, rate: Callable[[int], float]) -> None:
         for name, parameter in self.newest.items():
             parameter.grad = self.sum[name] / self.samples
             self.sum[name] = torch.zeros_like(parameter)
-        self.samples = 0
+        factor, self.samples = rate(self.samples), 0
+        self.squares, self.counted = 0.0, 0
         if self.clip is not None:
             nn.utils.clip_grad_norm_(self.newest.values(), self.clip)
         if self.optimizer:
+            group = self.optimizer.param_groups[0]
+            before, group["lr"] = group["lr"], group["lr"] * factor
             self.optimizer.step()
+            group["lr"] = before
         if self.scheduler:
             self.scheduler.step()
         self.history.append(self.snapshot())
@@ -115,6 +131,7 @@ class Simulation:
     staleness: list[list[int]] = field(default_factory=list)  # [stage][micro-batch], in updates
     losses: list[float] = field(default_factory=list)
     drained: list[Weights] = field(default_factory=list)  # the weights and buffers at each drain
+    noise: list[tuple[float, float]] = field(default_factory=list)  # of each update, all stages'
 
 
 def simulate(
@@ -126,6 +143,8 @@ def simulate(
     depths: Sequence[int],
     policy: str = "stash",
     update_every: int = 1,
+    closes: Sequence[bool] | None = None,
+    rate: Callable[[int], float] = lambda samples: 1.0,
     drains: Sequence[int] = (),
     scheduler: SchedulerFactory | None = None,
     clip: float | None = None,
@@ -135,28 +154,32 @@ def simulate(
     `policy`: 'current', 'stash', 'replay', 'predict', or 'nohist', which is no policy of Headrace:
     section 1's ablation, where the backward finds the input of the newest micro-batch its stage
     has run forward, k + d_j, in place of its own. `drains`: the micro-batches that are the first
-    after a drain.
+    after a drain. `closes`: which micro-batches close an update, in place of every K-th. `rate`:
+    what the learning rate of an update of so many samples is multiplied by.
     """
+    marks = closes or [(k + 1) % update_every == 0 for k in range(len(batches))]
+    u = [0, *itertools.accumulate(marks)]
     parts = [_Stage(s, optimizer, scheduler, clip) for s in stages]
     result = Simulation({}, {}, [[] for _ in parts])
     for k in range(len(batches)):
         if k in drains:
-            result.drained.append(_state(parts, k // update_every))
+            result.drained.append(_state(parts, u[k]))
         p = max((drain for drain in drains if drain <= k), default=0)
-        seen = [max(p, k - d) // update_every for d in depths]
+        seen = [u[max(p, k - d)] for d in depths]
         newest = _newest_inputs(parts, batches, k, depths) if policy == "nohist" else []
-        now = k // update_every
+        now = u[k]
         loss = _one_micro_batch(parts, loss_fn, batches[k], policy, now, seen, newest)
         result.losses.append(loss)
         for stage, version in zip(result.staleness, seen, strict=True):
             stage.append(now - version)
-        if (k + 1) % update_every == 0:
+        if marks[k]:
+            result.noise.append(tuple(map(sum, zip(*(p.noise() for p in parts), strict=True))))
             for part in parts:
-                part.update()
-    result.weights = _state(parts, len(batches) // update_every)
-    if len(batches) % update_every:
+                part.update(rate)
+    result.weights = _state(parts, u[-1])
+    if not marks[-1]:
         for part in parts:
-            part.update()
+            part.update(rate)
     result.closed = _state(parts, -1)
     return result
 

@@ -115,29 +115,30 @@ def listing(actions: list[Action]) -> str:
     return " ".join(words)
 
 
-def stretch(
-    name: str, depth: int, update_every: int, micro_batches: int, start: int = 0, number: int = 0
-) -> str:
-    actions = SCHEDULES[name].actions(depth, update_every, start, number)
-    return listing(list(play(actions, micro_batches)))
+def stretch(name: str, depth: int, marks: str, start: int = 0) -> str:
+    """`marks`: a letter for each micro-batch, u where it closes an update."""
+    actions = SCHEDULES[name].actions(depth, start)
+    return listing(list(play(actions, [mark == "u" for mark in marks])))
 
 
 def test_a_stream_updates_after_each_backward() -> None:
-    assert stretch("stream", 2, 1, 4) == "F0 F1 F2 B0 U F3 B1 U B2 U B3 U"
-    assert stretch("stream", 0, 1, 2) == "F0 B0 U F1 B1 U"
+    assert stretch("stream", 2, "uuuu") == "F0 F1 F2 B0 U F3 B1 U B2 U B3 U"
+    assert stretch("stream", 0, "uu") == "F0 B0 U F1 B1 U"
 
 
-def test_a_stream_counts_micro_batches_to_an_update_across_drains() -> None:
+def test_a_stream_updates_after_those_that_are_marked() -> None:
     # Three to an update; drained after 4, and after none: what is accumulated stays.
-    assert stretch("stream", 1, 3, 4) == "F0 F1 B0 F2 B1 F3 B2 U B3"
-    assert stretch("stream", 1, 3, 0, start=4) == ""
-    assert stretch("stream", 1, 3, 3, start=4) == "F4 F5 B4 F6 B5 U B6"
+    assert stretch("stream", 1, "..u.") == "F0 F1 B0 F2 B1 F3 B2 U B3"
+    assert stretch("stream", 1, "", start=4) == ""
+    assert stretch("stream", 1, ".u.", start=4) == "F4 F5 B4 F6 B5 U B6"
+    # A batch that grows while two are in flight: a mark takes effect where it rides.
+    assert stretch("stream", 2, "uu.u..u") == ("F0 F1 F2 B0 U F3 B1 U F4 B2 F5 B3 U F6 B4 B5 B6 U")
 
 
 def test_a_drain_in_the_middle_loses_nothing_and_keeps_the_order() -> None:
     for depth, first, second in itertools.product(range(4), (0, 1, 2, 5), (1, 3)):
-        words = stretch("stream", depth, 1, first).split()
-        words += stretch("stream", depth, 1, second, start=first).split()
+        words = stretch("stream", depth, "u" * first).split()
+        words += stretch("stream", depth, "u" * second, start=first).split()
         for kind in "FB":
             found = [int(word[1:]) for word in words if word[0] == kind]
             assert found == list(range(first + second))
@@ -148,11 +149,11 @@ def test_a_drain_in_the_middle_loses_nothing_and_keeps_the_order() -> None:
 
 
 def test_a_flush_updates_once_at_the_end_of_every_so_many_mini_batches() -> None:
-    assert stretch("gpipe", 2, 1, 3) == "F0 F1 F2 B0 B1 B2 U"
-    assert stretch("1f1b", 1, 1, 3) == "F0 F1 B0 F2 B1 B2 U"
-    assert stretch("1f1b", 1, 2, 2, start=0, number=0) == "F0 F1 B0 B1"
-    assert stretch("1f1b", 1, 2, 2, start=2, number=1) == "F2 F3 B2 B3 U"
-    assert stretch("gpipe", 1, 1, 0) == ""  # an empty stretch is no mini-batch
+    assert stretch("gpipe", 2, "..u") == "F0 F1 F2 B0 B1 B2 U"
+    assert stretch("1f1b", 1, "..u") == "F0 F1 B0 F2 B1 B2 U"
+    assert stretch("1f1b", 1, "..", start=0) == "F0 F1 B0 B1"
+    assert stretch("1f1b", 1, ".u", start=2) == "F2 F3 B2 B3 U"
+    assert stretch("gpipe", 1, "") == ""  # an empty stretch is no mini-batch
 
 
 @pytest.mark.parametrize("name", ["stream", "gpipe", "1f1b"])
@@ -160,11 +161,11 @@ def test_a_stage_that_waits_for_no_gradient(name: str) -> None:
     """Depth and flushing schedules mean nothing to it, but for the updates."""
     update = "" if name != "stream" else " U"
     wanted = f"F0 B0{update} L-3 F1 B1{update} L-2 F2 B2{update} L-1 F3 B3{update} L0 L3"
-    actions = SCHEDULES[name].actions(5, 1, 0, 0, ahead=3)
-    assert listing(list(play(actions, 4))) == wanted + (" U" if name != "stream" else "")
+    actions, marks = SCHEDULES[name].actions(5, 0, ahead=3), [name == "stream"] * 3 + [True]
+    assert listing(list(play(actions, marks))) == wanted + (" U" if name != "stream" else "")
     # With lag 0 it learns at once; after a drain it begins anew.
-    actions = SCHEDULES["stream"].actions(0, 2, 4, 1, ahead=0)
-    assert listing(list(play(actions, 3))) == "F4 B4 L4 F5 B5 U L5 F6 B6 L6 L6"
+    actions = SCHEDULES["stream"].actions(0, 4, ahead=0)
+    assert listing(list(play(actions, [False, True, False]))) == "F4 B4 L4 F5 B5 U L5 F6 B6 L6 L6"
 
 
 def test_depths_end_where_no_gradient_is_waited_for() -> None:
@@ -180,6 +181,6 @@ def test_memory_is_bounded_as_the_names_say() -> None:
             for name, most in (("gpipe", count), ("1f1b", stages - j), ("stream", stages - j)):
                 steps = [
                     (word[0] == "F") - (word[0] == "B")
-                    for word in stretch(name, depth, 1, count).split()
+                    for word in stretch(name, depth, "." * count).split()
                 ]
                 assert max(itertools.accumulate(steps)) == most

@@ -31,10 +31,13 @@ def by_actions(
         if schedule.flushes:
             queue = []
             for k in range(mini_batches):
-                stretch = schedule.actions(depth, update_every, k * micro_batches, k)
-                queue += [*play(stretch, micro_batches), "end"]
+                stretch = schedule.actions(depth, k * micro_batches)
+                last = (k + 1) % update_every == 0
+                marks = [False] * (micro_batches - 1) + [last]
+                queue += [*play(stretch, marks), "end"]
         else:
-            queue = [*play(schedule.actions(depth, update_every, 0, 0), total)]
+            marks = [(k + 1) % update_every == 0 for k in range(total)]
+            queue = [*play(schedule.actions(depth, 0), marks)]
         queues.append(queue)
     arrived: dict[tuple[type, int, int], float] = {}
     free = {(kind, hop): 0.0 for kind in (Forward, Backward) for hop in range(n - 1)}
