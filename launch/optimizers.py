@@ -15,7 +15,7 @@ def muon(
     weight_decay: float = 0.1,
     *,
     others: Sequence[str | int] = (),
-    others_lr: float = 3e-3,
+    others_lr: float | None = None,
     others_betas: tuple[float, float] = (0.98, 0.999),
 ) -> list[Optimizer]:
     """Muon for the matrices of hidden layers (Jordan et al. 2024), NAdam for all else.
@@ -24,7 +24,7 @@ def muon(
         lr, momentum, weight_decay: Muon's.
         others: names of layers (the first part of a parameter's name) whose matrices are NAdam's
             as well: embeddings and the output layer, by custom.
-        others_lr, others_betas: NAdam's.
+        others_lr, others_betas: NAdam's; None is `lr`.
     """
     named = {str(layer) for layer in others}
     matrices = [
@@ -36,5 +36,6 @@ def muon(
     if matrices:
         made.append(Muon(matrices, lr=lr, momentum=momentum, weight_decay=weight_decay))
     if rest:
-        made.append(NAdam(rest, lr=others_lr, betas=others_betas, decoupled_weight_decay=True))
+        rate = lr if others_lr is None else others_lr
+        made.append(NAdam(rest, lr=rate, betas=others_betas, decoupled_weight_decay=True))
     return made

@@ -11,6 +11,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TypeVar
@@ -24,7 +25,7 @@ from .ranks import processes, refuse
 from .run_files import new_folder
 from .simulation.picture import draw
 from .simulation.plan import DEFAULT, Case, Grid, plan, read_variants
-from .simulation.results import Row, results_table, write_csv, write_json
+from .simulation.results import Row, best, results_table, write_csv, write_json
 from .simulation.run import Outcome, simulate
 
 __all__ = ["main"]
@@ -42,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         grid = _grid(own)
         cases = plan(rest, grid)
         import_pyplot()
-        rows = _run(cases, own.processes)
+        rows = _tuned(cases, own.processes) if grid.tune else _run(cases, own.processes)
     except (ValueError, TypeError, ImportError, InputError) as error:
         refuse(str(error))
     except KeyboardInterrupt:
@@ -93,6 +94,22 @@ def _run(cases: Sequence[Case], workers: int) -> list[Row]:
     return rows
 
 
+def _tuned(cases: Sequence[Case], workers: int) -> list[Row]:
+    """Run the first seed of all, then the others of each variant's best rate."""
+    rows = _run([replace(case, configs=case.configs[:1]) for case in cases], workers)
+    chosen = {
+        id(row)
+        for column in {column for case in cases for column in case.columns}
+        for row in best(rows, column).values()
+        if row.finished
+    }
+    again = [k for k, row in enumerate(rows) if id(row) in chosen and len(cases[k].configs) > 1]
+    more = _run([replace(cases[k], configs=cases[k].configs[1:]) for k in again], workers)
+    for k, row in zip(again, more, strict=True):
+        rows[k] = Row(cases[k], (*rows[k].outcomes, *row.outcomes))
+    return rows
+
+
 def _outcomes(configs: Sequence[Config], workers: int) -> Iterator[Outcome]:
     if workers == 1:
         yield from map(simulate, configs)
@@ -113,7 +130,9 @@ def _grid(own: argparse.Namespace) -> Grid:
     stages = _numbers("stages", own.stages, int, "whole numbers from 1 on, as in 8,16,32")
     rates = _numbers("rates", own.rates, float, "learning rates, as in 1e-3,3e-3")
     variants = read_variants(own.variants) if own.variants else DEFAULT
-    return Grid(stages, variants, own.seeds, rates, own.scale_depth)
+    if own.tune and len(rates) < 2:
+        raise ValueError("--tune chooses among --rates: give two or more, as in 1e-3,3e-3")
+    return Grid(stages, variants, own.seeds, rates, own.scale_depth, own.tune)
 
 
 def _numbers(name: str, text: str, read: Callable[[str], _T], what: str) -> tuple[_T, ...]:
@@ -148,6 +167,11 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="FILE",
         help=f"what to compare (default: {', '.join(DEFAULT)})",
+    )
+    add(
+        "--tune",
+        action="store_true",
+        help="choose each variant's rate on the first seed, and run the others with it alone",
     )
     add("--scale-depth", metavar="KEY", help="set this to the number of stages: a gpt's blocks")
     add("--processes", type=int, default=1, metavar="K", help="runs at a time (default 1)")

@@ -20,6 +20,7 @@ __all__ = [
     "check_choices",
     "check_corrections",
     "check_counts",
+    "check_fits_depths",
     "check_fitting",
     "check_growth",
     "check_kinds",
@@ -119,6 +120,23 @@ def check_fitting(
             raise ValueError(
                 f"corrections= has {' and '.join(found)}, which both {word}: leave out all but one"
             )
+
+
+def check_fits_depths(
+    corrections: Sequence[Correction],
+    schedule: Schedule,
+    depths: Sequence[int],
+    update_every: int,
+    tunes: bool,
+) -> None:
+    """Refuse corrections that so many micro-batches in flight leave undefined."""
+    for correction in corrections if not schedule.flushes else ():
+        if tunes and type(correction).check is not Correction.check:
+            raise ValueError(
+                f"corrections= has a {type(correction).__name__}, which must know how many "
+                "micro-batches are in flight, and slack='auto' decides that later: write a number"
+            )
+        correction.check(depths, update_every)
 
 
 def check_shared(corrections: Sequence[Correction], replicas: Replicas, own: Any) -> None:

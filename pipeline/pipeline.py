@@ -19,6 +19,7 @@ from .arguments import (
     check_choices,
     check_corrections,
     check_counts,
+    check_fits_depths,
     check_fitting,
     check_growth,
     check_kinds,
@@ -216,8 +217,7 @@ class Pipeline:
             check_fitting(own.corrections, rules, order)
             if replicas is not None:
                 check_shared(corrections, replicas, own.corrections)
-            for correction in own.corrections if not order.flushes else ():
-                correction.check(depths, update_every)
+            check_fits_depths(own.corrections, order, depths, update_every, self._tunes)
             self._blueprint = Blueprint(
                 model,
                 self._grid,

@@ -10,6 +10,8 @@ from ..assemble import make_model
 from ..config import Config, parse, to_yaml
 from ..strict_yaml import load_file
 
+_OWN = Path(__file__).parent / "variants"
+
 __all__ = ["DEFAULT", "Case", "Grid", "Variants", "plan", "read_variants"]
 
 Variants = Mapping[str, Mapping[str, Any]]
@@ -35,6 +37,7 @@ class Grid:
         stages: numbers of stages.
         seeds: how many, from the configuration's own on.
         rates: learning rates; empty for the configuration's own.
+        tune: choose each variant's rate on the first seed, and run the other seeds with it alone.
         scale_depth: the key of what is to be as many as there are stages; None for none.
     """
 
@@ -43,6 +46,7 @@ class Grid:
     seeds: int = 1
     rates: tuple[float, ...] = ()
     scale_depth: str | None = None
+    tune: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,11 +71,16 @@ class Case:
 
 
 def read_variants(path: Path) -> Variants:
-    """Read a YAML file of names, and under each the dotted keys that it changes.
+    """Read a YAML file of names, and under each the dotted keys that it changes; or one of
+    Headrace's own, by its name (`charlm`).
 
     Raises:
-        ValueError: it holds something else.
+        ValueError: there is none, or it holds something else.
     """
+    own = {each.stem: each for each in sorted(_OWN.glob("*.yaml"))}
+    if not path.exists() and str(path) not in own:
+        raise ValueError(f"--variants {path}: no such file (Headrace brings {', '.join(own)})")
+    path = path if path.exists() else own[str(path)]
     tree = load_file(path)
     if not isinstance(tree, dict) or not tree:
         raise ValueError(

@@ -21,7 +21,8 @@ def follow_squares(ra: Tensor, v: Tensor, gamma: float) -> Tensor:
 
 def dampen(gradient: Tensor, now: Tensor, then: Tensor, usual: Tensor) -> Tensor:
     """g / (1 + |w_now - w_then| / C): C is how far an update usually goes, element by element."""
-    return gradient / (1 + (now.detach() - then.detach()).abs() / usual)
+    gap = (now.detach() - then.detach()).abs() / usual
+    return (gradient / (1 + gap)).to(gradient.dtype)
 
 
 class GapAware(Correction):
@@ -84,6 +85,8 @@ class GapAware(Correction):
             self._highest[name] = max(self._highest.get(name, 0.0), rate)
             v = (before[name] - weight.detach()) / rate if rate else torch.zeros_like(weight)
             held = self._squares.get(name)
-            held = torch.zeros_like(weight) if held is None else held
-            self._squares[name] = follow_squares(held, v, self.decay)
+            # In half precision the average would not fall, and C vanish.
+            wide = v.float() if v.dtype.itemsize < 4 else v
+            held = torch.zeros_like(wide) if held is None else held
+            self._squares[name] = follow_squares(held, wide, self.decay)
         self._updates += 1

@@ -10,10 +10,11 @@ __all__ = ["TwoVersions"]
 
 
 class TwoVersions(Correction):
-    """See to it that the staleness is 1 at most, and the weights are kept twice at most.
+    """See to it that the staleness is 1 at most.
 
     That is so where an update takes in as many micro-batches as are in flight at the first stage:
-    their gradients are averaged, clipped and applied once.
+    their gradients are averaged, clipped and applied once. The weights are kept twice then, and
+    what a prediction makes of them for micro-batches of another staleness once more.
     """
 
     at_servers = False

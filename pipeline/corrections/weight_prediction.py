@@ -131,6 +131,8 @@ class WeightPrediction(Correction):
             alone will still move); the last two with SGD, Adam, AdamW and NAdam, at the learning
             rates that the scheduler will set.
         strength: how much of that way to go.
+        of: the class of the optimizer whose weights to predict, as in 'Muon', where a stage has
+            several; None: all weights.
 
     Raises:
         ValueError: another form, a strength that is no number above 0.
@@ -139,19 +141,23 @@ class WeightPrediction(Correction):
     at_servers = False
     predicts = True
 
-    def __init__(self, form: str = "last_update", strength: float = 1.0) -> None:
+    def __init__(
+        self, form: str = "last_update", strength: float = 1.0, of: str | None = None
+    ) -> None:
         if form not in FORMS:
             raise ValueError(f"form={form!r}: write one of {', '.join(FORMS)}")
         if not isinstance(strength, int | float) or not 0 < strength < math.inf:
             raise ValueError(f"strength={strength!r}: give a number above 0, 1 for all of the way")
-        self.form, self.strength = form, float(strength)
+        self.form, self.strength, self.of = form, float(strength), of
         self.keeps_last = form == "last_update"
         self._last: Mapping[str, Tensor] = {}
+        self._left: set[str] = set()
         self._homes: dict[str, _Home] = {}
         self._rates: dict[Optimizer, ComingRates] = {}
         self._factor: Callable[[int], float] = lambda staleness: 1.0
 
     def attach(self, stage: "Stage") -> None:
+        self._left = _moved_by_others(stage, self.of)
         if self.keeps_last or stage.depth == 0:
             return
         if any(correction.turns_moments for correction in stage.settings.corrections):
@@ -182,14 +188,16 @@ class WeightPrediction(Correction):
         self._factor = stage.discount
 
     def look_ahead(self, staleness: int) -> Fill | None:
-        if staleness == 0:
+        if staleness == 0 or (self.keeps_last and not self._last):
             return None
+        return lambda name, weight: (
+            weight if name in self._left else self._predict(name, weight, staleness)
+        )
+
+    def _predict(self, name: str, weight: Tensor, staleness: int) -> Tensor:
         if self.keeps_last:
-            distance = self.strength * staleness
-            if not self._last:
-                return None
-            return lambda name, weight: extrapolate(weight, self._last[name], distance)
-        return lambda name, weight: self._by_momentum(name, weight, staleness)
+            return extrapolate(weight, self._last[name], self.strength * staleness)
+        return self._by_momentum(name, weight, staleness)
 
     def _by_momentum(self, name: str, weight: Tensor, staleness: int) -> Tensor:
         home = self._homes.get(name)
@@ -199,9 +207,10 @@ class WeightPrediction(Correction):
         group = home.optimizer.param_groups[home.group]
         coming = self._rates[home.optimizer].of(home.group, staleness)
         discount = self.strength * self._factor(staleness)
-        return self._predict(home.optimizer, group, state, weight, [discount * r for r in coming])
+        rates = [discount * rate for rate in coming]
+        return self._with_rates(home.optimizer, group, state, weight, rates)
 
-    def _predict(
+    def _with_rates(
         self,
         optimizer: Optimizer,
         group: dict[str, Any],
@@ -232,3 +241,27 @@ class WeightPrediction(Correction):
         self._last = before
         for coming in self._rates.values():
             coming.passed()
+
+
+def _moved_by_others(stage: "Stage", kind: str | None) -> set[str]:
+    """The names of the weights that no optimizer of the class `kind` moves.
+
+    Raises:
+        InputError: a stage with optimizers has none of it.
+    """
+    if kind is None or not stage.optimizers:
+        return set()
+    kinds = [type(optimizer).__name__ for optimizer in stage.optimizers]
+    if kind not in kinds:
+        raise InputError(
+            f"weight_prediction of={kind!r}: stage {stage.index} has {' and '.join(kinds)}: write "
+            "one of them, or leave it out"
+        )
+    ours = {
+        id(parameter)
+        for optimizer in stage.optimizers
+        if type(optimizer).__name__ == kind
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    return {name for name, parameter in stage.owned.items() if id(parameter) not in ours}

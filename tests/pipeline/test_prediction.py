@@ -156,7 +156,7 @@ def test_the_momentum_form_is_what_torch_moves_on_gradients_of_0(name: str, maxi
     for _ in range(5):
         parameter.grad = draw()
         optimizer.step()
-    got = WeightPrediction("momentum")._predict(
+    got = WeightPrediction("momentum")._with_rates(
         optimizer, group, optimizer.state[parameter], parameter.detach().clone(), rates
     )
     started = parameter.detach().clone()
