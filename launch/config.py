@@ -51,7 +51,7 @@ class PipelineOptions:
         "delayed, synthetic, local, exact; or a list; null: delayed, or exact",
     ] = None
     corrections: Annotated[
-        list[Component], "of a gradient's staleness, in order: learning_rate, delay_compensation"
+        list[Component], "what to do about staleness, in order: auto, weight_prediction, …"
     ] = field(default_factory=list)
     replicas: Annotated[
         Component | None, "copies of the pipeline: allreduce, hogwild, downpour, elastic"
@@ -314,6 +314,7 @@ def _in_words(annotation: Any) -> str:
 _USAGE = """\
 python -m headrace.launch.train --config FILE [--KEY VALUE ...]
 python -m headrace.launch.plan --config FILE [--KEY VALUE ...]
+python -m headrace.launch.simulate --config FILE --stages N,N,... [--KEY VALUE ...]
 
 Keys go into the YAML file; on the command line they are dotted, and win over the file.
 A key marked * names a class or a function: one of ours, or an import path. Its arguments are

@@ -90,7 +90,7 @@ class Pipeline:
         schedule: 'stream', which never flushes; '1f1b' or 'gpipe', which do at every mini-batch.
         rule: None is `Delayed('stash')` under 'stream' and `Exact()` under the others. A list has
             one for each stage.
-        corrections: what to do about a gradient's staleness, in order.
+        corrections: what to do about a gradient's staleness, in order; `[Auto()]` chooses.
         replicas: copies of the whole pipeline on mini-batches of their own, and how they share
             their weights: `Allreduce()`, `Hogwild()`, `Downpour()`, `Elastic()` (torchrun only).
         balance: 'time' (measured on the first micro-batch), 'parameters', each stage's number of

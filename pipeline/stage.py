@@ -127,8 +127,8 @@ class Stage:
         self._copies_input: bool | None = None
         self._loss_is_checked = False
         self._memory = {_memory(t) for t in (*layers.parameters(), *layers.buffers())}
-        self.kit = Kit(settings.corrections, self)
         self.rule = copy.deepcopy(rule)
+        self.kit = Kit(settings.corrections, self)
         self.rule.attach(self)
 
     # The way of a micro-batch ------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from headrace.pipeline import Progress
 from headrace.pipeline.simulation import Simulation
+from headrace.pipeline.stability import StabilityWarning
 
 from ..assemble import make_loader, make_metrics, make_model, make_pipeline, updates
 from ..config import Config
@@ -69,7 +71,9 @@ def simulate(config: Config) -> Outcome:
         curve.append((before + progress.samples, progress.loss))
 
     try:
-        with pipe:
+        with pipe, warnings.catch_warnings():
+            # What a delay does is what is asked here.
+            warnings.simplefilter("ignore", StabilityWarning)
             for _ in range(config.epochs):
                 report = pipe.train(train, log=log, log_every=config.log_every)
                 before, seconds = before + report.samples, seconds + report.seconds

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, islice, pairwise
+from operator import mul
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from headrace.models import mlp
 from headrace.pipeline import Pipeline
+from headrace.pipeline.batch_size import Steps
+from headrace.pipeline.gathering import Gathering
 from headrace.pipeline.objective import Objective
 from headrace.pipeline.sharpness import directions, lambda_max, phi
 
@@ -179,22 +182,23 @@ class Plan:
     Args:
         grows: what the batch is multiplied by at each.
         rates: what the rate is multiplied by at each.
+        beside: the growth's own rule for the rate, in place of `rates`.
     """
 
     name: str
     grows: tuple[int, int]
-    rates: tuple[float, float]
+    rates: tuple[float, float] = (1, 1)
+    beside: str = "constant"
 
 
 STEP = 5
-ROOT = STEP**0.5
 CONSTANT = Plan("constant batch, constant rate", (1, 1), (1, 1))
 DECAY = Plan("constant batch, rate decays", (1, 1), (1 / STEP, 1 / STEP))
 GROWTH = Plan("batch grows, constant rate", (STEP, STEP), (1, 1))
 HYBRID = Plan("batch grows, then rate decays", (STEP, 1), (1, 1 / STEP))
 BOTH = Plan("batch grows and rate decays", (STEP, STEP), (1 / STEP, 1 / STEP))
-ROOT_UP = Plan("batch grows, rate grows as its root", (STEP, STEP), (ROOT, ROOT))
-LINEAR_UP = Plan("batch grows, rate grows with it", (STEP, STEP), (STEP, STEP))
+ROOT_UP = Plan("batch grows, rate grows as its root", (STEP, STEP), beside="sqrt")
+LINEAR_UP = Plan("batch grows, rate grows with it", (STEP, STEP), beside="linear")
 PLANS = (CONSTANT, DECAY, GROWTH, HYBRID, BOTH, ROOT_UP, LINEAR_UP)
 
 
@@ -216,14 +220,14 @@ class Run:
 def follow(plan: Plan, noise: float, seed: int, epochs: int) -> Run:
     """Train an MLP of 2 x 64 by SGD, momentum .9, rate .02 and batches of 16 at first."""
     train, test = Digits("train", noise=noise), Digits("test")
-    stages = [epoch * 3 // epochs for epoch in range(epochs)]
-    grow = [1, plan.grows[0], plan.grows[0] * plan.grows[1]]
-    factor = [1.0, plan.rates[0], plan.rates[0] * plan.rates[1]]
-    sizes = [SMALL * grow[stage] for stage in stages]
-    ends = list(accumulate(len(train) // size for size in sizes))
+    at = [-(-epochs // 3), -(-2 * epochs // 3)]
+    sizes = list(accumulate((SMALL, *plan.grows), mul))
+    factor: list[float] = [1.0, *accumulate(plan.rates, mul)]
+    growth = Steps(sizes, at, rate=plan.beside)
+    ends = _ends(growth, len(train) // SMALL, epochs)
 
     def rate(update: int) -> float:
-        return factor[stages[min(bisect_right(ends, update), epochs - 1)]]
+        return factor[bisect_right(at, bisect_right(ends, update))]
 
     torch.manual_seed(seed)
     model, order = mlp([64, 64, 64, 10]), torch.Generator().manual_seed(seed)
@@ -233,16 +237,28 @@ def follow(plan: Plan, noise: float, seed: int, epochs: int) -> Run:
         nn.CrossEntropyLoss(),
         partial(torch.optim.SGD, lr=0.02, momentum=0.9),
         scheduler=lambda optimizer: LambdaLR(optimizer, rate),
+        batch_size=growth,
         stages=1,
         seed=seed,
         on_nonfinite="skip",  # a plan that diverges is a result
     ) as pipe:
-        for size in sizes:
-            updates += pipe.train(epoch_of(train, size, order)).updates
+        for _ in range(epochs):
+            updates += pipe.train(epoch_of(train, SMALL, order)).updates
             loss = pipe.evaluate(whole(train))["loss"]
             score = pipe.evaluate(whole(test), {"accuracy": accuracy})["accuracy"]
             path.append((updates, loss, score))
     return Run(loss, score, updates, path)
+
+
+def _ends(growth: Steps, micro_batches: int, epochs: int) -> list[int]:
+    """Updates made by the end of each epoch."""
+    gathering = Gathering(1, growth, flushes=False)
+    made: list[int] = []
+    for _ in range(epochs):
+        gathering.begin()
+        closed = sum(gathering.closes(SMALL, last=True) for _ in range(micro_batches))
+        made.append(closed + (made[-1] if made else 0))
+    return made
 
 
 # Claims ---------------------------------------------------------------------------------------

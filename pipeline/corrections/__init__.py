@@ -1,6 +1,7 @@
 """Corrections: what is done about a gradient's staleness. One a file, in the order given."""
 
 from .asynchronous_nesterov import AsynchronousNesterov
+from .auto import Auto
 from .basis_rotation import BasisRotation
 from .correction import Correction, correct
 from .delay_compensation import DelayCompensation
@@ -15,6 +16,7 @@ from .weight_prediction import WeightPrediction
 
 __all__ = [
     "AsynchronousNesterov",
+    "Auto",
     "BasisRotation",
     "Correction",
     "DelayCompensation",

@@ -58,6 +58,10 @@ class Correction:
             ValueError: with the reason and what to write instead.
         """
 
+    def choose(self, stage: "Stage") -> "Sequence[Correction]":
+        """What to do on this stage: itself, or others in its place."""
+        return [self]
+
     def attach(self, stage: "Stage") -> None:
         """Look at the stage that this copy belongs to, once it has its optimizers.
 

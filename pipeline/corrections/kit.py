@@ -29,7 +29,8 @@ class Kit:
     """
 
     def __init__(self, corrections: Sequence[Correction], stage: "Stage") -> None:
-        self.corrections = copy.deepcopy(list(corrections))
+        own = copy.deepcopy(list(corrections))
+        self.corrections = [each for given in own for each in given.choose(stage)]
         self._weights = stage.trainable
         self._keeps_last = any(correction.keeps_last for correction in self.corrections)
         self._before: dict[str, Tensor] = {}

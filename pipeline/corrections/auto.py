@@ -1,0 +1,43 @@
+"""What to do about late gradients, chosen by the optimizer: what did best in docs/staleness.md."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from torch.optim import SGD, Adam, Muon, NAdam
+
+from .correction import Correction
+from .spike_compensation import SpikeCompensation
+from .weight_prediction import WeightPrediction
+
+if TYPE_CHECKING:
+    from ..stage import Stage
+
+__all__ = ["Auto"]
+
+
+class Auto(Correction):
+    """Choose by a stage's optimizers, where the rule is `Delayed('stash')`; elsewhere do nothing.
+
+    Muon's weights are predicted by their last update, and its spikes compensated; so is SGD's
+    momentum, its weights predicted by it; Adam's, AdamW's and NAdam's are predicted by their
+    moments. SGD without momentum is best let be, and so is any other optimizer.
+    """
+
+    at_servers = False
+
+    def choose(self, stage: "Stage") -> Sequence[Correction]:
+        if stage.depth == 0 or not stage.rule.looks_ahead:
+            return []
+        optimizers = stage.optimizers
+        if any(isinstance(optimizer, Muon) for optimizer in optimizers):
+            return [WeightPrediction(of="Muon"), SpikeCompensation()]
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        if all(isinstance(optimizer, SGD) for optimizer in optimizers):
+            if not all(group["momentum"] for group in groups):
+                return []
+            plain = not any(group["nesterov"] or group["dampening"] for group in groups)
+            linear = WeightPrediction("linear")
+            return [linear, SpikeCompensation()] if plain else [linear]
+        if all(isinstance(optimizer, Adam | NAdam) for optimizer in optimizers):
+            return [WeightPrediction("momentum")]
+        return []
