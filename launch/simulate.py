@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     draw(rows, folder / "curves", f"{name}: {seeds}")
     out = console()
     out.print()
-    out.print(results_table(rows))
+    out.print(results_table(rows, own.until))
     out.print(_legend(rows, seeds))
     out.print(f"files      {folder}: curves.png, results.csv, results.json")
 
@@ -173,6 +173,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="choose each variant's rate on the first seed, and run the others with it alone",
     )
+    add("--until", type=float, metavar="LOSS", help="also tell the updates to this training loss")
     add("--scale-depth", metavar="KEY", help="set this to the number of stages: a gpt's blocks")
     add("--processes", type=int, default=1, metavar="K", help="runs at a time (default 1)")
     return parser

@@ -3,26 +3,19 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean, median
+from statistics import median
 from typing import Any
 
 from ..profiling.pictures import import_pyplot, save
-from .results import Row, best, spread
+from .results import Row, best, smooth, spread
 
-__all__ = ["draw", "smooth"]
+__all__ = ["draw"]
 
 COLOURS = ["#222222", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8D6CAB"]
 """Told apart by people who do not see all colours; the first is most often no delay."""
 
 POINTS = 60
 """Of a curve, at most."""
-
-
-def smooth(curve: Sequence[tuple[int, float]], points: int = POINTS) -> list[tuple[float, float]]:
-    """Means over runs of neighbouring points, so that at most `points` are left."""
-    size = max(1, math.ceil(len(curve) / points))
-    pieces = [curve[k : k + size] for k in range(0, len(curve), size)]
-    return [(mean(x for x, _ in piece), mean(y for _, y in piece)) for piece in pieces]
 
 
 def draw(rows: Sequence[Row], stem: Path, title: str) -> list[Path]:
@@ -70,7 +63,7 @@ def _curve(ax: Any, row: Row, colour: str, top: float) -> None:
     Args:
         top: of the axis: no cross lies above it.
     """
-    curves = [smooth(outcome.curve) for outcome in row.outcomes if outcome.curve]
+    curves = [smooth(outcome.curve, POINTS) for outcome in row.outcomes if outcome.curve]
     if not curves:
         return
     shared = min(map(len, curves))
@@ -89,7 +82,7 @@ def _curve(ax: Any, row: Row, colour: str, top: float) -> None:
 
 def _range(rows: Sequence[Row]) -> tuple[float, float]:
     """From the best to where the runs begin: what flies off above that is not shown."""
-    curves = [smooth(o.curve) for row in rows for o in row.outcomes if o.curve]
+    curves = [smooth(o.curve, POINTS) for row in rows for o in row.outcomes if o.curve]
     values = [y for curve in curves for _, y in curve if math.isfinite(y)]
     starts = [curve[0][1] for curve in curves if math.isfinite(curve[0][1])]
     if not starts:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,7 +17,16 @@ from ..profiling.table import plain
 from .plan import Case
 from .run import Outcome
 
-__all__ = ["Row", "best", "results_table", "spread", "write_csv", "write_json"]
+__all__ = [
+    "Row",
+    "best",
+    "results_table",
+    "smooth",
+    "spread",
+    "updates_until",
+    "write_csv",
+    "write_json",
+]
 
 
 @dataclass(frozen=True)
@@ -50,6 +60,16 @@ def spread(values: Sequence[float]) -> tuple[float, float | None]:
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
+def smooth(curve: Sequence[tuple[int, float]], points: int) -> list[tuple[float, float]]:
+    """Means over runs of neighbouring points, so that at most `points` are left."""
+    size = max(1, math.ceil(len(curve) / points))
+    pieces = [curve[k : k + size] for k in range(0, len(curve), size)]
+    return [
+        (statistics.mean(x for x, _ in piece), statistics.mean(y for _, y in piece))
+        for piece in pieces
+    ]
+
+
 def best(rows: Sequence[Row], column: int) -> dict[str, Row]:
     """Each variant's row of the lowest loss, under one number of stages."""
     found: dict[str, Row] = {}
@@ -70,8 +90,21 @@ def _reference(rows: Sequence[Row], row: Row) -> Row | None:
     return None
 
 
-def results_table(rows: Sequence[Row]) -> Table:
-    """One line a row; of several learning rates, each variant's best has a star."""
+def updates_until(outcome: Outcome, loss: float) -> float:
+    """Updates after which the training loss, a mean over a fiftieth of the run, is this low; NaN if
+    it never is.
+    """
+    curve = smooth(outcome.curve, points=50)
+    samples = next((x for x, y in curve if y <= loss), math.nan)
+    return samples / outcome.curve[-1][0] * outcome.updates if outcome.curve else math.nan
+
+
+def results_table(rows: Sequence[Row], until: float | None = None) -> Table:
+    """One line a row; of several learning rates, each variant's best has a star.
+
+    Args:
+        until: a training loss, for a column of the updates that it took; None for none.
+    """
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     rates = any(row.case.rate is not None for row in rows)
     names = list(dict.fromkeys(name for row in rows for o in row.outcomes for name in o.scores))
@@ -81,7 +114,7 @@ def results_table(rows: Sequence[Row]) -> Table:
         table.add_column("rate", justify="right")
     for name in names or ["loss"]:
         table.add_column(name if name != "loss" else _loss_title(rows), justify="right")
-    for title in ("staleness", "updates", "time"):
+    for title in ("staleness", "updates", *([f"to {until:g}"] if until else []), "time"):
         table.add_column(title, justify="right")
     columns = sorted({column for row in rows for column in row.case.columns})
     for column in columns:
@@ -95,7 +128,7 @@ def results_table(rows: Sequence[Row]) -> Table:
                 star = "* " if row is champions[row.case.variant] else ""
                 cells.append(f"{star}{row.case.rate:g}" if row.case.rate is not None else "")
             cells += _scores(row, names or ["loss"])
-            table.add_row(*cells, *_figures(rows, row))
+            table.add_row(*cells, *_figures(rows, row, until))
         table.add_section()
     return table
 
@@ -117,15 +150,20 @@ def _scores(row: Row, names: Sequence[str]) -> list[str]:
     return cells
 
 
-def _figures(rows: Sequence[Row], row: Row) -> list[str]:
+def _figures(rows: Sequence[Row], row: Row, until: float | None) -> list[str]:
     if not row.finished:
-        return ["", str(max(outcome.updates for outcome in row.outcomes)), ""]
+        made = f"{max(outcome.updates for outcome in row.outcomes):,}"
+        return ["", made, *([""] if until else []), ""]
     first = row.finished[0]
     reference = _reference(rows, row)
     time = f"{row.seconds:.1f} s"
     if reference is not None and reference is not row and reference.seconds:
         time = f"{row.seconds / reference.seconds:.2f}x"
-    return [f"{first.staleness[0]:.2f}", f"{first.updates:,}", time]
+    cells = [f"{first.staleness[0]:.2f}", f"{first.updates:,}"]
+    if until:
+        took = statistics.mean(updates_until(outcome, until) for outcome in row.finished)
+        cells.append("never" if math.isnan(took) else f"{took:,.0f}")
+    return [*cells, time]
 
 
 def write_json(path: Path, rows: Sequence[Row], about: Mapping[str, Any]) -> None:

@@ -242,8 +242,8 @@ def test_files_refused_in_one_line(folder: Path, text: str, line: str) -> None:
 
 def test_a_missing_file_is_refused_with_those_there_are() -> None:
     assert refusal("--config", "none.yaml") == (
-        "--config none.yaml: no such file (Headrace brings charlm, digits, dnn, emulated, "
-        "large_batch, replicas, synthetic, tiny, unlocked)"
+        "--config none.yaml: no such file (Headrace brings charlm, deep_charlm, deep_digits, "
+        "digits, dnn, emulated, large_batch, replicas, synthetic, tiny, unlocked)"
     )
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from headrace.launch.assemble import make_corrections
 from headrace.launch.config import parse
 from headrace.launch.simulate import main
-from headrace.launch.simulation.picture import smooth
-from headrace.launch.simulation.plan import DEFAULT, Case, Grid, plan
-from headrace.launch.simulation.results import Row, best, results_table
+from headrace.launch.simulation.plan import DEFAULT, Case, Grid, plan, read_variants
+from headrace.launch.simulation.results import Row, best, results_table, smooth, updates_until
 from headrace.launch.simulation.run import Outcome, simulate
 from headrace.launch.studies.simulation_speed import main as speed
 
@@ -193,7 +193,7 @@ def test_a_run_that_diverges_is_an_outcome() -> None:
         ("--stages 2 --data.batch 3", "unknown key data.batch"),
         ("--stages 2 --pipeline.replicas allreduce", "write --pipeline.replicas null"),
         ("--stages 2 --variants tiny.yaml", "variant 'epochs' must be a name with keys and values"),
-        ("--stages 2 --variants none.yaml", "none.yaml: No such file"),
+        ("--stages 2 --variants none.yaml", "none.yaml: no such file"),
         ("--stages 2 --variants wrong.yaml", "variant 'stash', 2 stages: unknown key pipeline.rul "
          "(did you mean rule"),
         ("--stages 2 --pipeline.micro_batches 0", "micro_batches=0"),
@@ -219,3 +219,50 @@ def test_under_torchrun(
 ) -> None:
     monkeypatch.setattr("headrace.launch.simulate.processes", lambda: 2)
     assert "start it without torchrun" in refused(capsys, "--config", "tiny.yaml", "--stages", "2")
+
+
+def test_the_rate_is_tuned_on_the_first_seed(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(
+        ["--config", "tiny.yaml", "--stages", "2", "--seeds", "2", "--variants", "variants.yaml",
+         "--rates", "1e-3,0.1", "--tune", "--until", "1.0"]
+    )  # fmt: skip
+    runs = json.loads((folder / "runs/tiny-simulation/results.json").read_text())["runs"]
+    seeds: dict[tuple[str, float], list[int]] = {}
+    losses: dict[tuple[str, float], float] = {}
+    for run in runs:
+        key = (run["variant"], run["rate"])
+        seeds.setdefault(key, []).append(run["seed"])
+        losses.setdefault(key, run["scores"]["loss"])
+    for variant in ("no delay", "stash"):
+        better, worse = sorted((0.001, 0.1), key=lambda rate: losses[variant, rate])
+        assert seeds[variant, better] == [0, 1] and seeds[variant, worse] == [0]
+    assert re.search(r"staleness +updates +to 1 +time", capsys.readouterr().out)
+
+
+def test_tuning_needs_rates(capsys: pytest.CaptureFixture[str]) -> None:
+    line = refused(capsys, "--config", "tiny.yaml", "--stages", "2", "--tune")
+    assert "--tune chooses among --rates: give two or more" in line
+
+
+def test_updates_until() -> None:
+    curve = tuple((8 * k, 2.0 - 0.1 * k) for k in range(1, 11))
+    outcome = Outcome(updates=20, curve=curve)
+    assert updates_until(outcome, 1.55) == 10  # the fifth of ten points, of 20 updates
+    assert math.isnan(updates_until(outcome, 0.5))
+    assert math.isnan(updates_until(Outcome(), 0.5))
+
+
+def test_variants_that_headrace_brings(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every one can be parsed with its configuration, and its optimizers and corrections made."""
+    brought = {
+        "charlm_adam": "deep_charlm", "charlm_muon": "deep_charlm", "deeper": "deep_charlm",
+        "two_versions": "deep_charlm", "digits": "deep_digits", "digits_momentum": "deep_digits",
+    }  # fmt: skip
+    for name, config in brought.items():
+        grid = Grid((8,), read_variants(Path(name)))
+        for case in plan(["--config", config], grid):
+            make_corrections(case.configs[0].pipeline)
+    line = refused(capsys, "--config", "tiny.yaml", "--stages", "2", "--variants", "none")
+    assert f"--variants none: no such file (Headrace brings {', '.join(sorted(brought))})" in line

@@ -1,0 +1,64 @@
+"""Corrections that are chosen by the optimizer: what is chosen, and that it is then at work."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD, Adam, AdamW, Muon, NAdam, Optimizer, RMSprop
+
+from headrace.pipeline import Pipeline
+from headrace.pipeline.corrections import Auto, Correction, SpikeCompensation, WeightPrediction
+from headrace.pipeline.rules import Delayed
+
+from .alone import MSE
+from .helpers import SIZES, assert_same, batches_of, clone, tanh_net
+
+
+def muon(params: Sequence[tuple[str, nn.Parameter]]) -> list[Optimizer]:
+    matrices = [(n, p) for n, p in params if p.dim() == 2]
+    rest = [(n, p) for n, p in params if p.dim() != 2]
+    return [Muon(matrices, lr=0.01), NAdam(rest, lr=3e-3)]
+
+
+MOMENTUM = partial(SGD, lr=0.02, momentum=0.9)
+NESTEROV = partial(SGD, lr=0.02, momentum=0.9, nesterov=True)
+
+CHOICES: list[tuple[Any, Callable[[], list[Correction]]]] = [
+    (muon, lambda: [WeightPrediction(of="Muon"), SpikeCompensation()]),
+    (MOMENTUM, lambda: [WeightPrediction("linear"), SpikeCompensation()]),
+    (NESTEROV, lambda: [WeightPrediction("linear")]),
+    (partial(SGD, lr=0.02), list),
+    (partial(Adam, lr=3e-3), lambda: [WeightPrediction("momentum")]),
+    (partial(AdamW, lr=3e-3), lambda: [WeightPrediction("momentum")]),
+    (partial(NAdam, lr=3e-3), lambda: [WeightPrediction("momentum")]),
+    (partial(RMSprop, lr=3e-3), list),
+]
+IDS = ["muon", "momentum", "nesterov", "sgd", "adam", "adamw", "nadam", "rmsprop"]
+
+
+def run(optimizer: Any, corrections: Sequence[Correction], **more: Any) -> dict[str, torch.Tensor]:
+    with Pipeline(
+        tanh_net(dtype=torch.float32), MSE, optimizer, stages=3, balance=SIZES[3],
+        corrections=corrections, **more,
+    ) as pipe:  # fmt: skip
+        pipe.train(batches_of(50, 5, dtype=torch.float32))
+        return clone(pipe.state_dict())
+
+
+@pytest.mark.parametrize(("optimizer", "chosen"), CHOICES, ids=IDS)
+def test_what_is_chosen(optimizer: Any, chosen: Callable[[], list[Correction]]) -> None:
+    assert_same(run(optimizer, [Auto()]), run(optimizer, chosen()))
+
+
+@pytest.mark.parametrize("policy", ["current", "replay", "predict"])
+def test_under_other_rules_nothing_is(policy: str) -> None:
+    rule = Delayed(policy)
+    assert_same(run(MOMENTUM, [Auto()], rule=rule), run(MOMENTUM, [], rule=rule))
+
+
+def test_nothing_is_late_under_a_flush() -> None:
+    flush: dict[str, Any] = {"schedule": "1f1b", "micro_batches": 2}
+    assert_same(run(MOMENTUM, [Auto()], **flush), run(MOMENTUM, [], **flush))
