@@ -71,13 +71,20 @@ def smooth(curve: Sequence[tuple[int, float]], points: int) -> list[tuple[float,
 
 
 def best(rows: Sequence[Row], column: int) -> dict[str, Row]:
-    """Each variant's row of the lowest loss, under one number of stages."""
+    """Each variant's row of the lowest loss, under one number of stages.
+
+    Rows of fewer seeds are those that were not chosen on the first one (`--tune`).
+    """
     found: dict[str, Row] = {}
     for row in rows:
         if column in row.case.columns:
             name = row.case.variant
-            found[name] = min(found.get(name, row), row, key=lambda each: each.loss)
+            found[name] = min(found.get(name, row), row, key=_rank)
     return found
+
+
+def _rank(row: Row) -> tuple[int, float]:
+    return -len(row.outcomes), row.loss
 
 
 def _reference(rows: Sequence[Row], row: Row) -> Row | None:

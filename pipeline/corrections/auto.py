@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from torch.optim import SGD, Adam, Muon, NAdam
 
 from .correction import Correction
+from .gap_aware import GapAware
 from .spike_compensation import SpikeCompensation
 from .weight_prediction import WeightPrediction
 
@@ -18,9 +19,10 @@ __all__ = ["Auto"]
 class Auto(Correction):
     """Choose by a stage's optimizers, where the rule is `Delayed('stash')`; elsewhere do nothing.
 
-    Muon's weights are predicted by their last update, and its spikes compensated; so is SGD's
-    momentum, its weights predicted by it; Adam's, AdamW's and NAdam's are predicted by their
-    moments. SGD without momentum is best let be, and so is any other optimizer.
+    Muon's weights are predicted by their last update, and its spikes compensated. Gradients of SGD
+    with momentum are dampened by the gap, and its spikes compensated, if it is not Nesterov's. The
+    weights of Adam, AdamW and NAdam are predicted by their moments. SGD without momentum is best
+    let be, and so is any other optimizer.
     """
 
     at_servers = False
@@ -36,8 +38,7 @@ class Auto(Correction):
             if not all(group["momentum"] for group in groups):
                 return []
             plain = not any(group["nesterov"] or group["dampening"] for group in groups)
-            linear = WeightPrediction("linear")
-            return [linear, SpikeCompensation()] if plain else [linear]
+            return [GapAware(), SpikeCompensation()] if plain else [GapAware()]
         if all(isinstance(optimizer, Adam | NAdam) for optimizer in optimizers):
             return [WeightPrediction("momentum")]
         return []

@@ -10,7 +10,13 @@ from torch import nn
 from torch.optim import SGD, Adam, AdamW, Muon, NAdam, Optimizer, RMSprop
 
 from headrace.pipeline import Pipeline
-from headrace.pipeline.corrections import Auto, Correction, SpikeCompensation, WeightPrediction
+from headrace.pipeline.corrections import (
+    Auto,
+    Correction,
+    GapAware,
+    SpikeCompensation,
+    WeightPrediction,
+)
 from headrace.pipeline.rules import Delayed
 
 from .alone import MSE
@@ -28,8 +34,8 @@ NESTEROV = partial(SGD, lr=0.02, momentum=0.9, nesterov=True)
 
 CHOICES: list[tuple[Any, Callable[[], list[Correction]]]] = [
     (muon, lambda: [WeightPrediction(of="Muon"), SpikeCompensation()]),
-    (MOMENTUM, lambda: [WeightPrediction("linear"), SpikeCompensation()]),
-    (NESTEROV, lambda: [WeightPrediction("linear")]),
+    (MOMENTUM, lambda: [GapAware(), SpikeCompensation()]),
+    (NESTEROV, lambda: [GapAware()]),
     (partial(SGD, lr=0.02), list),
     (partial(Adam, lr=3e-3), lambda: [WeightPrediction("momentum")]),
     (partial(AdamW, lr=3e-3), lambda: [WeightPrediction("momentum")]),
