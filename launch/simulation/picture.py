@@ -50,9 +50,10 @@ def draw(rows: Sequence[Row], stem: Path, title: str) -> list[Path]:
     if len(columns) > 1:
         _ends(places[len(columns)], rows, columns, colours)
     lines = [plt.Line2D([], [], color=colours[name], label=name) for name in variants]
-    fig.legend(
-        handles=lines, loc="outside lower center", ncols=min(len(lines), 2 * across), frameon=False
-    )
+    # An entry is about half an inch and a thirteenth for each letter.
+    entry = 0.5 + max(map(len, variants)) / 13
+    ncols = max(1, min(len(lines), int(fig.get_figwidth() / entry)))
+    fig.legend(handles=lines, loc="outside lower left", ncols=ncols, frameon=False, fontsize=9)
     fig.suptitle(title, x=0.01, ha="left", fontsize=12)
     return save(fig, stem)
 

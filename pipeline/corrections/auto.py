@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from torch.optim import SGD, Adam, Muon, NAdam
 
+from .basis_rotation import BasisRotation, rotates
 from .correction import Correction
 from .gap_aware import GapAware
 from .spike_compensation import SpikeCompensation
@@ -20,9 +21,10 @@ class Auto(Correction):
     """Choose by a stage's optimizers, where the rule is `Delayed('stash')`; elsewhere do nothing.
 
     Muon's weights are predicted by their last update, and its spikes compensated. Gradients of SGD
-    with momentum are dampened by the gap, and its spikes compensated, if it is not Nesterov's. The
-    weights of Adam, AdamW and NAdam are predicted by their moments. SGD without momentum is best
-    let be, and so is any other optimizer.
+    with momentum are dampened by the gap, and its spikes compensated, if it is not Nesterov's.
+    Adam, AdamW and NAdam move matrices in a rotated basis; where a weight decay that is added to
+    the gradient or amsgrad does not allow that, weights are predicted by their moments. SGD without
+    momentum is best let be, and so is any other optimizer.
     """
 
     at_servers = False
@@ -40,5 +42,6 @@ class Auto(Correction):
             plain = not any(group["nesterov"] or group["dampening"] for group in groups)
             return [GapAware(), SpikeCompensation()] if plain else [GapAware()]
         if all(isinstance(optimizer, Adam | NAdam) for optimizer in optimizers):
-            return [WeightPrediction("momentum")]
+            turns = all(rotates(group) for group in groups)
+            return [BasisRotation() if turns else WeightPrediction("momentum")]
         return []

@@ -4,13 +4,13 @@ The basis is SOAP's (Vyas et al. 2024): eigenvectors of the averages of G Gᵀ a
 with late gradients is from 2026's work on asynchronous pipelines.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.optim import Adam, AdamW, NAdam, Optimizer
+from torch.optim import Adam, NAdam, Optimizer
 
 from ..errors import InputError
 from .correction import Correction
@@ -18,7 +18,7 @@ from .correction import Correction
 if TYPE_CHECKING:
     from ..stage import Stage
 
-__all__ = ["BasisRotation", "follow_product", "refine", "rotate", "rotate_back"]
+__all__ = ["BasisRotation", "follow_product", "refine", "rotate", "rotate_back", "rotates"]
 
 
 def follow_product(average: Tensor, product: Tensor, beta: float) -> Tensor:
@@ -45,6 +45,12 @@ def rotate(matrix: Tensor, left: Tensor, right: Tensor) -> Tensor:
 def rotate_back(matrix: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """Q_L G' Q_Rᵀ, in the dtype of G'."""
     return (left @ matrix.to(left.dtype) @ right.T).to(matrix.dtype)
+
+
+def rotates(group: Mapping[str, Any]) -> bool:
+    """Whether a parameter group of Adam's, AdamW's or NAdam's can be moved in another basis."""
+    added = group["weight_decay"] and not group["decoupled_weight_decay"]
+    return not added and not group.get("amsgrad")
 
 
 @dataclass
@@ -94,8 +100,7 @@ class BasisRotation(Correction):
                     f"{type(optimizer).__name__}: write one of them, or leave it out"
                 )
             for group in optimizer.param_groups:
-                decoupled = isinstance(optimizer, AdamW) or group["decoupled_weight_decay"]
-                if group["weight_decay"] and not decoupled:
+                if group["weight_decay"] and not group["decoupled_weight_decay"]:
                     raise InputError(
                         "basis_rotation: a weight decay that is added to the gradient would be "
                         "rotated with it: write AdamW, or decoupled_weight_decay=True"

@@ -21,7 +21,6 @@ from headrace.launch.studies import large_batch
 from headrace.launch.studies.large_batch import (
     BOTH,
     DECAY,
-    FULL,
     GROWTH,
     HYBRID,
     Minimum,
@@ -29,6 +28,7 @@ from headrace.launch.studies.large_batch import (
     check,
     draw,
     epoch_of,
+    find_minimum,
     follow,
     forever,
     minima_table,
@@ -239,8 +239,9 @@ def test_an_epoch_has_full_mini_batches_each_sample_at_most_once() -> None:
 
 
 def test_plans_make_the_updates_that_they_say() -> None:
+    """An update that an epoch's end leaves unfinished is finished in the next, at its own size."""
     updates = [follow(plan, 0.2, 0, 3).updates for plan in (DECAY, GROWTH, HYBRID)]
-    assert updates == [3 * 89, 89 + 17 + 3, 89 + 17 + 17]
+    assert updates == [3 * 89, 89 + 17 + 1 + 3, 89 + 35]
 
 
 def test_a_plan_s_rate_falls_when_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -299,10 +300,9 @@ def test_the_picture_of_plans(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_the_claims_hold(capsys: pytest.CaptureFixture[str]) -> None:
-    large_batch.main(["--out", "."])
-    assert Path("large-batch.md").read_text().count("| batch 16 |") == 1
-    out = capsys.readouterr().out
-    assert len(re.findall(r"^- holds: ", out, re.M)) == 4 + 3 * len(FULL.noises), out
-    assert "DOES NOT HOLD" not in out
+def test_a_large_batch_ends_in_a_sharper_minimum() -> None:
+    """The first claims, of one seed and a higher loss; the study has all of them."""
+    small, large = (find_minimum(0, forever(size), until=0.2) for size in (16, 144))
+    assert large.phi > 1.5 * small.phi
+    assert large.lambda_max > small.lambda_max
+    assert large.updates < small.updates / 3

@@ -258,7 +258,7 @@ def test_variants_that_headrace_brings(capsys: pytest.CaptureFixture[str]) -> No
     """Every one can be parsed with its configuration, and its optimizers and corrections made."""
     brought = {
         "charlm_adam": "deep_charlm", "charlm_muon": "deep_charlm", "deeper": "deep_charlm",
-        "two_versions": "deep_charlm", "digits": "deep_digits", "digits_momentum": "deep_digits",
+        "digits": "deep_digits", "digits_momentum": "deep_digits",
     }  # fmt: skip
     for name, config in brought.items():
         grid = Grid((8,), read_variants(Path(name)))

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
-from headrace.pipeline import Pipeline
+from headrace.pipeline.corrections import WeightPrediction
 from headrace.pipeline.rules import Delayed
+from headrace.pipeline.simulation import Simulation
 
 from .simulator import Batch, cut, depths_of, simulate
 
@@ -88,7 +89,7 @@ MLP_SIZES = [4, 4, 4, 3]
 
 def digits_accuracy(seed: int, **how: Any) -> float:
     """Test accuracy of the MLP after 15 epochs, cosine learning rate .05, no momentum."""
-    with Pipeline(
+    with Simulation(
         mlp(seed),
         nn.CrossEntropyLoss(),
         sgd(0.05),
@@ -144,6 +145,32 @@ def test_a3_activations_must_be_kept() -> None:
     stash, nohist = mean_accuracy("stash"), mean_accuracy("nohist")
     print(f"\ntest accuracy: stash {stash:.4f}, nohist {nohist:.4f}")
     assert nohist <= stash - 0.3
+
+
+def loss_with_momentum(seed: int, **how: Any) -> float:
+    """Training loss of the MLP on eight stages with the delays 14, 12, … 0, at momentum .9."""
+    with Simulation(
+        mlp(seed),
+        nn.CrossEntropyLoss(),
+        lambda params: torch.optim.SGD(params, lr=0.01, momentum=0.9),
+        scheduler=cosine(EPOCHS * (1437 // BATCH)),
+        balance=[2, 2, 2, 2, 2, 2, 2, 1],
+        stages=8,
+        rule=Delayed("stash"),
+        slack=1,
+        **how,
+    ) as pipe:
+        for epoch in epochs_of_digits(seed):
+            pipe.train(epoch)
+        return float(pipe.evaluate([digits()[0]])["loss"])
+
+
+def test_a5_prediction_learns_what_momentum_and_delay_keep_stash_from() -> None:
+    stash = mean(loss_with_momentum(seed) for seed in SEEDS)
+    linear = [WeightPrediction("linear")]
+    predicted = mean(loss_with_momentum(seed, corrections=linear) for seed in SEEDS)
+    print(f"\ntraining loss: stash {stash:.4f}, linear prediction {predicted:.4f}")
+    assert predicted <= 0.6 * stash
 
 
 CONTEXT, STEPS, CHARACTERS = 12, 1500, 1_000_000
@@ -203,7 +230,7 @@ def bits_per_character(seed: int, **how: Any) -> float:
         len(train) - CONTEXT, (STEPS, 64), generator=torch.Generator().manual_seed(seed)
     )
     held_out = torch.arange(0, len(validation) - CONTEXT, 3)
-    with Pipeline(
+    with Simulation(
         character_model(seed),
         nn.CrossEntropyLoss(),
         sgd(0.3),

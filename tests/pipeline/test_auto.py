@@ -12,6 +12,7 @@ from torch.optim import SGD, Adam, AdamW, Muon, NAdam, Optimizer, RMSprop
 from headrace.pipeline import Pipeline
 from headrace.pipeline.corrections import (
     Auto,
+    BasisRotation,
     Correction,
     GapAware,
     SpikeCompensation,
@@ -37,12 +38,25 @@ CHOICES: list[tuple[Any, Callable[[], list[Correction]]]] = [
     (MOMENTUM, lambda: [GapAware(), SpikeCompensation()]),
     (NESTEROV, lambda: [GapAware()]),
     (partial(SGD, lr=0.02), list),
-    (partial(Adam, lr=3e-3), lambda: [WeightPrediction("momentum")]),
-    (partial(AdamW, lr=3e-3), lambda: [WeightPrediction("momentum")]),
-    (partial(NAdam, lr=3e-3), lambda: [WeightPrediction("momentum")]),
+    (partial(Adam, lr=3e-3), lambda: [BasisRotation()]),
+    (partial(AdamW, lr=3e-3), lambda: [BasisRotation()]),
+    (partial(NAdam, lr=3e-3), lambda: [BasisRotation()]),
+    (partial(Adam, lr=3e-3, weight_decay=0.1), lambda: [WeightPrediction("momentum")]),
+    (partial(AdamW, lr=3e-3, amsgrad=True), lambda: [WeightPrediction("momentum")]),
     (partial(RMSprop, lr=3e-3), list),
 ]
-IDS = ["muon", "momentum", "nesterov", "sgd", "adam", "adamw", "nadam", "rmsprop"]
+IDS = [
+    "muon",
+    "momentum",
+    "nesterov",
+    "sgd",
+    "adam",
+    "adamw",
+    "nadam",
+    "decay",
+    "amsgrad",
+    "rmsprop",
+]
 
 
 def run(optimizer: Any, corrections: Sequence[Correction], **more: Any) -> dict[str, torch.Tensor]:
