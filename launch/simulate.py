@@ -130,6 +130,8 @@ def _grid(own: argparse.Namespace) -> Grid:
     stages = _numbers("stages", own.stages, int, "whole numbers from 1 on, as in 8,16,32")
     rates = _numbers("rates", own.rates, float, "learning rates, as in 1e-3,3e-3")
     variants = read_variants(own.variants) if own.variants else DEFAULT
+    if own.until is not None and not 0 < own.until < math.inf:
+        raise ValueError(f"--until {own.until}: give a training loss above 0")
     if own.tune and len(rates) < 2:
         raise ValueError("--tune chooses among --rates: give two or more, as in 1e-3,3e-3")
     return Grid(stages, variants, own.seeds, rates, own.scale_depth, own.tune)

@@ -43,8 +43,9 @@ class Gathering:
             last: of its mini-batch.
 
         Raises:
-            InputError: the first update would have more samples than it is to start with, or too
-                few micro-batches to measure on; the micro-batch does not count then.
+            InputError: an update would have more samples than it is to have, for it is one
+                micro-batch, or the first one too few micro-batches to measure on; the micro-batch
+                does not count then.
         """
         if self._growth and self._updates and not self._micro_batches:
             sampled = self._books.sampled if self._books and self._growth.measures else UNKNOWN
@@ -53,7 +54,7 @@ class Gathering:
         gathered, parts = self._samples + samples, self._parts + ends
         micro_batches = self._micro_batches + 1
         closes = ends and (gathered >= self._size if self._growth else parts >= self._every)
-        if closes and self._growth and not self._updates:
+        if closes and self._growth:
             self._check(self._growth, gathered, parts, micro_batches)
         self._fed = True
         self._updates += closes
@@ -62,15 +63,17 @@ class Gathering:
         return closes
 
     def _check(self, growth: Growth, samples: int, parts: int, micro_batches: int) -> None:
-        kind, start = type(growth).__name__, growth.start
-        if parts == 1 and samples > start:
+        kind, start, first = type(growth).__name__, growth.start, not self._updates
+        if parts == 1 and samples > self._size:
             part = "mini-batch" if self._flushes else "micro-batch"
+            where = "starts at" if first else "has come to"
             raise InputError(
-                f"batch_size= is a {kind} that starts at {start} samples, and a {part} has "
-                f"{samples}: start at {samples} or more, or make the loader's mini-batches smaller"
+                f"batch_size= is a {kind} that {where} {self._size} samples, and a {part} has "
+                f"{samples}: {'start at' if first else 'give'} {samples} or more, or make the "
+                "loader's mini-batches smaller"
                 + ("" if self._flushes else ", or micro_batches= larger")
             )
-        if growth.measures and micro_batches == 1:
+        if first and growth.measures and micro_batches == 1:
             raise InputError(
                 f"batch_size= is a {kind} that starts at {start} samples, which is one "
                 "micro-batch, and how much samples differ shows in two or more: start at "

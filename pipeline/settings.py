@@ -86,6 +86,11 @@ def make_optimizers(
                 "a list of (name, Parameter) pairs and gives a torch.optim.Optimizer, or a list "
                 "of them, as in optimizer=lambda params: torch.optim.SGD(params, lr=0.1)"
             )
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise TypeError(
+                "optimizer= gave an LBFGS, which runs the model as often as it likes, and a stream "
+                "does so once: write SGD, AdamW or another that steps on one gradient"
+            )
         given = {id(parameter) for _, parameter in parameters}
         if any(id(p) not in given for group in optimizer.param_groups for p in group["params"]):
             raise ValueError(

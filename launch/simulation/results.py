@@ -83,8 +83,8 @@ def best(rows: Sequence[Row], column: int) -> dict[str, Row]:
     return found
 
 
-def _rank(row: Row) -> tuple[int, float]:
-    return -len(row.outcomes), row.loss
+def _rank(row: Row) -> tuple[bool, int, float]:
+    return math.isinf(row.loss), -len(row.outcomes), row.loss
 
 
 def _reference(rows: Sequence[Row], row: Row) -> Row | None:

@@ -247,15 +247,15 @@ def _moved_by_others(stage: "Stage", kind: str | None) -> set[str]:
     """The names of the weights that no optimizer of the class `kind` moves.
 
     Raises:
-        InputError: a stage with optimizers has none of it.
+        InputError: there is no such optimizer.
     """
     if kind is None or not stage.optimizers:
         return set()
     kinds = [type(optimizer).__name__ for optimizer in stage.optimizers]
-    if kind not in kinds:
+    if kind not in kinds and not hasattr(torch.optim, kind):  # another stage may have it
         raise InputError(
-            f"weight_prediction of={kind!r}: stage {stage.index} has {' and '.join(kinds)}: write "
-            "one of them, or leave it out"
+            f"weight_prediction of={kind!r} is no optimizer of torch; stage {stage.index} has "
+            f"{' and '.join(kinds)}: write the name of an optimizer's class, as in of='Muon'"
         )
     ours = {
         id(parameter)

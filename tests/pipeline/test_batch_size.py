@@ -139,7 +139,7 @@ def test_where_updates_end() -> None:
     grown = ends(Gathering(1, Steps([10, 20], at=[1]), False), [[5, 5, 4], [5, 4, 5, 7, 8, 5]])
     assert grown == ".u..u..u."
     assert ends(Gathering(1, Geometric(5, most=12), False), [[5] * 9]) == "u.u.u..u."
-    assert ends(Gathering(1, Steps([10, 2], at=[1]), False), [[5, 5], [5, 5]]) == ".uuu"
+    assert ends(Gathering(1, Steps([10, 5], at=[1]), False), [[5, 5], [5, 5]]) == ".uuu"
 
 
 def test_a_flush_ends_updates_with_mini_batches() -> None:
@@ -474,3 +474,19 @@ def test_refusals_of_the_pipeline() -> None:
         build(batch_size=64)
     with pytest.raises(ValueError, match=r"update_every=2 beside batch_size=.*leave one of them"):
         build(batch_size=Steps([8, 16], at=[1]), update_every=2)
+
+
+def test_a_later_size_below_a_micro_batch_is_refused() -> None:
+    """Rounded up without a word it would do nothing."""
+    batches = batches_of(40, 8)
+    with Pipeline(
+        tanh_net(),
+        nn.MSELoss(),
+        momentum,
+        stages=2,
+        balance=SIZES[2],
+        batch_size=Steps([8, 4], at=[1]),
+    ) as pipe:
+        pipe.train(batches)
+        with pytest.raises(InputError, match=r"has come to 4 samples.*has 8: give 8 or more"):
+            pipe.train(batches)

@@ -616,3 +616,13 @@ def test_rules_that_do_not_keep_what_was_predicted_are_refused(form: str, policy
 def test_two_predictions_are_refused() -> None:
     with pytest.raises(ValueError, match=r"has WeightPrediction and WeightPrediction.*all but one"):
         run([WeightPrediction(), PipeMareT1(3), WeightPrediction("linear")], momentum, [])
+
+
+def test_weights_of_one_optimizer_alone() -> None:
+    """A stage without it predicts nothing; a name that torch has not is refused."""
+    batches = batches_of(40, 5)
+    assert_same(run([WeightPrediction(of="Muon")], momentum, batches), run([], momentum, batches))
+    every = run([WeightPrediction()], momentum, batches)
+    assert_same(run([WeightPrediction(of="SGD")], momentum, batches), every)
+    with pytest.raises(InputError, match=r"of='Moun' is no optimizer of torch"):
+        run([WeightPrediction(of="Moun")], momentum, batches)
