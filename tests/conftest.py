@@ -1,9 +1,15 @@
-"""Fixtures for every test: one thread, so that numbers do not depend on the machine."""
+"""For every test: one thread and, but for those of `tests/cuda`, no GPU, so that numbers do not
+depend on the machine.
+"""
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+# Before CUDA is first used. Whoever names GPUs wants them.
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 
 @pytest.fixture(scope="session", autouse=True)

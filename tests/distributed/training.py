@@ -209,7 +209,9 @@ def distance(output: Tensor, target: Tensor) -> Tensor:
     return result
 
 
-def run_case(case: Case, stages: int | None, sizes: list[int]) -> Account:
+def run_case(
+    case: Case, stages: int | None, sizes: list[int], device: str | None = None
+) -> Account:
     """Train three times (twice without a drain), evaluate in the middle, look at everything."""
     torch.manual_seed(3)
     model = network()
@@ -225,6 +227,7 @@ def run_case(case: Case, stages: int | None, sizes: list[int]) -> Account:
         case.optimizer,
         balance=sizes,
         stages=stages,
+        device=device,
         **case.options(len(sizes)),
     ) as pipe:
         for _ in range(2):
@@ -245,16 +248,16 @@ def run_case(case: Case, stages: int | None, sizes: list[int]) -> Account:
             ],
             halfway=halfway,
             weights=pipe.state_dict(),
-            own={name: p.detach().clone() for name, p in pipe.named_parameters()},
+            own={name: p.detach().cpu().clone() for name, p in pipe.named_parameters()},
             depths=pipe.depths,
             version=pipe.version,
         )
 
 
-def run_cases(stages: int, alone: bool) -> dict[str, Account]:
+def run_cases(stages: int, alone: bool, device: str | None = None) -> dict[str, Account]:
     """All of them one after the other, in one job."""
     many = stages if alone else None
-    return {name: run_case(case, many, SIZES[stages]) for name, case in CASES.items()}
+    return {name: run_case(case, many, SIZES[stages], device) for name, case in CASES.items()}
 
 
 def run_one(name: str) -> Account:
