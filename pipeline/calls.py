@@ -34,6 +34,8 @@ __all__ = [
     "merge",
     "nothing",
     "predict",
+    "restore",
+    "save",
     "shard_statistics",
     "stage_statistics",
     "state_dict",
@@ -123,6 +125,17 @@ def load(engine: "Engine") -> "Steps":
     """Take this stage's part of a whole model's weights and buffers."""
     incoming, engine.incoming = engine.incoming, {}
     engine.stage.load_state_dict(incoming)
+    yield from engine.stage.peers.publish(engine)
+
+
+def save(engine: "Engine") -> "Steps":
+    """Make a checkpoint; it is on the disk when this is over."""
+    yield from engine.saver(engine, Message(Kind.SAVE))
+
+
+def restore(engine: "Engine") -> "Steps":
+    """Go on from a checkpoint."""
+    engine.restoring(engine)
     yield from engine.stage.peers.publish(engine)
 
 

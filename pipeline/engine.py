@@ -44,7 +44,7 @@ from .slack import choose_slack
 from .stage import Flight, Stage
 from .timeline import WORKING, Span, Work
 
-__all__ = ["Call", "Done", "Engine", "Metrics"]
+__all__ = ["Call", "Done", "Engine", "Metrics", "Steps"]
 
 WARM = 4
 """Micro-batches after which a stage's times are taken for `slack='auto'`."""
@@ -57,7 +57,7 @@ class Call(IntEnum):
     """What a user asks of a pipeline; every rank makes the same calls in the same order."""
 
     TRAIN, EVALUATE, PREDICT, STATE_DICT, LOAD = range(5)
-    STATISTICS, SHARDS, TIMELINE, LINKS, DRAIN, CLOSE = range(5, 11)
+    STATISTICS, SHARDS, TIMELINE, LINKS, DRAIN, CLOSE, SAVE, RESTORE = range(5, 13)
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,11 @@ class Done:
 
 
 Steps = Generator[Done | Inbox, None, Any]
+
+
+def _cannot_save(engine: "Engine", message: Message) -> Steps:
+    raise RuntimeError("a checkpoint was ordered, and nobody is to make it")
+    yield
 
 
 class Engine:
@@ -90,6 +95,8 @@ class Engine:
         )
         self.expected = Call.TRAIN
         self.metrics: Metrics = {}
+        self.saver: Callable[[Engine, Message], Steps] = _cannot_save
+        self.restoring: Callable[[Engine], None] = lambda engine: None
         self.incoming: Mapping[str, Tensor] = {}
         self.doing = "waiting for its first call"
         self.progress = 0
@@ -105,6 +112,7 @@ class Engine:
         self._losses: list[Tensor] = []  # those not passed on yet
         self._below = Row().numbers() * (stage.count - 1 - stage.index)
         self.trained = 0
+        self.within = False  # a pass that began before this call, if it was ended early
         self._stretch = self._new_stretch()
 
     def restart_shares(self) -> None:
@@ -132,6 +140,8 @@ class Engine:
             Call.LINKS: calls.measure_links,
             Call.DRAIN: calls.nothing,
             Call.CLOSE: calls.close,
+            Call.SAVE: calls.save,
+            Call.RESTORE: calls.restore,
         }
         call = None
         while call is not Call.CLOSE:
@@ -155,13 +165,21 @@ class Engine:
                 yield from self.stage.peers.release(self)
             yield Done(result)
 
+    def go_on(self, trained: int, stage_depths: tuple[int, ...]) -> None:
+        """Be where another engine was when nothing was in flight."""
+        self.depths, self.stage.depth = stage_depths, stage_depths[self.stage.index]
+        self.trained = self._heard = trained
+        self._stretch = self._new_stretch()
+
     # Training ----------------------------------------------------------------------------------
 
     def _train(self) -> Steps:
         self.stage.set_training(True)
         yield from self.stage.peers.ready(self)
         self.books.begin()
-        self.gathering.begin()
+        if not self.within:
+            self.gathering.begin()
+        self.within = True
         start, before = time.perf_counter(), list(self.recorder.seconds)
         while True:
             message = yield from self._next()
@@ -170,11 +188,17 @@ class Engine:
             elif message.kind is Kind.TUNE:
                 self.send_down(message)
                 yield from self._tune()
+            elif message.kind is Kind.SAVE:
+                if not self.links.to_others:  # to whom it has gone already
+                    self._pass_on(message)
+                yield from self._drain()
+                yield from self.saver(self, message)
             else:
                 break
         if self.stage.is_first:
-            report = self.books.close(self.stage.version)
+            report = self.books.close(self.stage.version, message.last)
             message = replace(message, numbers=report.numbers())
+        self.within = message.last
         self._pass_on(message)
         self._training_seconds += time.perf_counter() - start
         for work, (now, then) in enumerate(zip(self.recorder.seconds, before, strict=True)):
@@ -191,8 +215,11 @@ class Engine:
         if not self.links.to_others:
             return (yield from self.take(self._orders))
         ahead = self._read_ahead
-        while len(ahead) <= (self.stage.ahead or 0) and not (ahead and ahead[-1].kind is Kind.END):
+        pauses = (Kind.END, Kind.SAVE)
+        while len(ahead) <= (self.stage.ahead or 0) and not (ahead and ahead[-1].kind in pauses):
             message = yield from self.take(self._orders)
+            if message.kind is Kind.SAVE:
+                self._pass_on(message)
             if message.kind is Kind.MICRO_BATCH:
                 x, target = cast(tuple[Nest, Nest], message.body)
                 # A loader may fill its tensors anew while they wait here.

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import DistributedSampler
 
 from .channel import Inbox
+from .course import Course
 from .engine import Call
 from .errors import InputError, first_line
 from .grid import Grid
@@ -61,6 +62,8 @@ def feed(
     start: int,
     tune_at: int | None,
     closes: Callable[[int, bool], bool] = lambda samples, last: False,
+    course: Course | None = None,
+    mark: Callable[[], Kind | None] = lambda: None,
 ) -> Iterator[Message]:
     """The messages of a call over a loader: begin, each micro-batch with its samples, end.
 
@@ -70,9 +73,21 @@ def feed(
         tune_at: the index before which to measure the links; None for never.
         closes: whether a micro-batch of so many samples, the last of its mini-batch or not, closes
             an update; asked when it is fed.
+        course: is told of each mini-batch that went in.
+        mark: asked before each mini-batch is drawn: SAVE, to make a checkpoint before it goes in;
+            END, to end the call early, if there is one.
     """
     yield from begin(call)
-    for batch in batches:
+    iterator = iter(batches)
+    while True:
+        before = mark()
+        if (batch := next(iterator, None)) is None:
+            break
+        if before is Kind.END:
+            yield Message(Kind.END, last=True)
+            return
+        if before is Kind.SAVE:
+            yield Message(Kind.SAVE, start)
         pieces = split(batch, parts)
         for k, piece in enumerate(pieces):
             if start == tune_at:
@@ -81,6 +96,8 @@ def feed(
             numbers = (float(size), float(closes(size, last)))
             yield Message(Kind.MICRO_BATCH, start, last, numbers, piece)
             start += 1
+        if course is not None:
+            course.feed(len(pieces), samples(batch))
     yield Message(Kind.END)
 
 

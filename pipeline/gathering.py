@@ -8,11 +8,12 @@ from .batch_size import Growth
 from .batch_size.sampled import UNKNOWN
 from .errors import InputError
 from .report import Books
+from .stateful import Stateful
 
 __all__ = ["Gathering"]
 
 
-class Gathering:
+class Gathering(Stateful):
     """What has been fed towards the update at hand.
 
     Args:
@@ -21,6 +22,8 @@ class Gathering:
         flushes: an update ends with a mini-batch only.
         books: know what the stages have told; None where none has.
     """
+
+    state = ("_epoch", "_fed", "_size", "_updates", "_samples", "_parts", "_micro_batches")
 
     def __init__(
         self, every: int, growth: Growth | None, flushes: bool, books: Books | None = None

@@ -1,17 +1,19 @@
 """What one update accumulates: the gradients of its micro-batches, weighted by their samples."""
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from .batch_size.sampled import Sampled, variance
+from .stateful import Stateful
 
 __all__ = ["Gradient", "all_finite", "squared_norm"]
 
 
 @dataclass
-class Gradient:
+class Gradient(Stateful):
     """A sum over micro-batches of their means weighted by samples, divided once when it is used.
 
     The first weighs 1, and so does any other of as many samples: adding it is one pass over memory.
@@ -28,6 +30,17 @@ class Gradient:
         measures: keep what tells how much the samples' gradients differ.
         squares: Σ weight · ‖mean‖² over the micro-batches. counted: how many they are.
     """
+
+    state: ClassVar = (
+        "sums",
+        "samples",
+        "first",
+        "weight",
+        "versions",
+        "finite",
+        "squares",
+        "counted",
+    )
 
     sums: dict[str, Tensor] = field(default_factory=dict)
     samples: int = 0

@@ -2,9 +2,10 @@
 
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,6 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from .errors import InputError, first_line
+from .stateful import Stateful
 
 __all__ = ["ComingRates", "multiplied"]
 
@@ -33,7 +35,7 @@ def multiplied(optimizers: Sequence[Optimizer], factor: float) -> Iterator[None]
             group["lr"] = rate
 
 
-class ComingRates:
+class ComingRates(Stateful):
     """Ask a scheduler of its own, of an optimizer with nothing to move, that runs ahead.
 
     Args:
@@ -69,6 +71,20 @@ class ComingRates:
                 "any optimizer, or write form='last_update', which needs no rates"
             ) from error
         self._seen = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """How far it has looked."""
+        if self._scheduler is None:
+            return {}
+        states = {"scheduler": self._scheduler.state_dict(), "shadow": self._shadow.state_dict()}
+        return states | {"rates": self._rates, "seen": self._seen}
+
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Go on from there; from nothing, at the beginning."""
+        if self._scheduler is not None and state:
+            self._shadow.load_state_dict(state["shadow"])
+            self._scheduler.load_state_dict(state["scheduler"])
+            self._rates, self._seen = state["rates"], state["seen"]
 
     def _look_further(self) -> None:
         """See one more rate; no further than asked, for a scheduler may have an end."""

@@ -38,7 +38,7 @@ SMALL = 2048
 
 
 class Kind(IntEnum):
-    """Downstream: a call begins, a micro-batch, measure the links, the call ends.
+    """Downstream: a call begins, a micro-batch, measure the links, make a checkpoint, it ends.
 
     Upstream: what came of a micro-batch. VALUE and ECHO go both ways: a value folded over the
     stages, a measurement of a link. CLOSE is a channel's last message; FRAME is a channel's own.
@@ -50,6 +50,7 @@ class Kind(IntEnum):
 
     BEGIN, MICRO_BATCH, TUNE, END, RESULT, VALUE, ECHO, CLOSE, FRAME = range(9)
     JOIN, FETCH, PUSH, SETTLE, LOAD, BUFFERS, ASK, WEIGHTS, BEAT = range(9, 18)
+    SAVE = 18
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,7 @@ class Message:
 
     Args:
         index: the micro-batch, or the call that begins.
-        last: the micro-batch is the last of its mini-batch.
+        last: the micro-batch is the last of its mini-batch; the call ends early.
         numbers: what is known to the host; of a micro-batch its samples, and whether it closes an
             update.
         body: a nest of tensors; those that require a gradient do so at the receiver too.

@@ -3,12 +3,16 @@
 import atexit
 import itertools
 import json
+import signal
 import sys
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -30,16 +34,21 @@ from .arguments import (
 )
 from .batch_size import Growth
 from .blueprint import Blueprint
-from .channel import Links
+from .channel import Links, Soon
+from .checkpoints import Checkpoint, CheckpointError, Checkpoints, Position, load_weights
+from .checkpoints.checkpoint import label
+from .checkpoints.saver import Part, Saver
+from .checkpoints.state import collect, recut, restore
 from .corrections import Correction
+from .course import Course
 from .driver import TOLD, Alone, Apart, Driver, Serving
-from .engine import Call, Engine, Metrics
+from .engine import Call, Engine, Metrics, Steps
 from .errors import InputError, first_line
 from .feed import Source, begin, deal, feed, read
 from .grid import Grid
 from .link import Link
 from .loss import Loss
-from .message import Message
+from .message import Kind, Message
 from .nest import Nest
 from .partition import Balance, Partition, check_model
 from .replicas import Allreduce, Replicas
@@ -160,6 +169,18 @@ class Pipeline:
         self._ended_by = ""
         self._calls = 0
         self._warned = False
+        self.notes: dict[str, Any] = {}
+        """What the user wants to find again in a checkpoint: JSON's types; the first rank's."""
+        self._course = Course()
+        self._plan: Checkpoints | None = None
+        self._pending: Checkpoint | None = None
+        self._parts: list[Part] = []
+        self._target, self._saved_at, self._stop_requested = Path(), -1, False
+        self._saver = Saver(
+            self._world.rank if self._world else 0,
+            self._world.size if self._world else 1,
+            self._watch,
+        )
         self._engines: list[Engine] = []
         self._links: list[Links] = []
         atexit.register(_end, weakref.ref(self))
@@ -191,6 +212,7 @@ class Pipeline:
             if replicas is not None:
                 replicas.check(rules, order)
             self._tunes = slack == "auto"
+            self._tune_at = TUNE_AT if self._tunes else None
             if self._tunes and (self._world is None or order.flushes):
                 raise ValueError(
                     "slack='auto' measures the links of a stream under torchrun: alone, or under "
@@ -255,6 +277,7 @@ class Pipeline:
         *,
         log: Callable[[Progress], None] | None = None,
         log_every: int = 50,
+        checkpoints: Checkpoints | None = None,
     ) -> Report:
         """Train on a loader once.
 
@@ -266,22 +289,36 @@ class Pipeline:
         Args:
             log: called on the first stage, with the losses read from the device then and only then.
             log_every: micro-batches between two logs.
+            checkpoints: where to save, and when. A SIGTERM then ends the call at the next
+                mini-batch, saves, and leaves with exit code 0. After `load` the first call goes on
+                where the checkpoint was made, in the middle of the loader if need be.
 
         Raises:
+            SystemExit: 0, after a SIGTERM.
+            OSError: a checkpoint cannot be written (under torchrun it ends the job).
             InputError: the loader raises, gives nothing, or what cannot be cut into samples.
             FloatingPointError: a loss or gradient is not finite (on_nonfinite='stop').
         """
         if log_every < 1:
             raise ValueError(f"log_every={log_every!r}: give a whole number >= 1")
-        batches = self._open(loader, pairs_only=True, deals=True)
+        self._check_plan(checkpoints)
+        batches = self._open(loader, pairs_only=True, trains=True)
         self._warn_of_delay()
         messages = None
         for engine in self._engines[:1]:
             engine.books.log, engine.books.log_every = log, log_every
-            parts, tune_at = self._micro_batches, TUNE_AT if self._tunes else None
+            parts, tune_at = self._micro_batches, self._tune_at
             start, closes = engine.trained, engine.gathering.closes
-            messages = feed(Call.TRAIN, batches, parts, start, tune_at, closes)
-        report: Report = self._run(Call.TRAIN, messages)
+            course, mark = self._course, partial(self._mark, checkpoints)
+            messages = feed(Call.TRAIN, batches, parts, start, tune_at, closes, course, mark)
+        with self._stoppable(checkpoints):
+            report: Report = self._run(Call.TRAIN, messages)
+        if not report.stopped:
+            self._course.end()
+        if checkpoints is not None and (report.stopped or checkpoints.every is None):
+            self._save_now()
+        if report.stopped:
+            self._leave()
         return report
 
     def evaluate(self, loader: Iterable[Any], metrics: Metrics | None = None) -> dict[str, float]:
@@ -341,6 +378,63 @@ class Pipeline:
             for engine in self._engines:
                 engine.incoming = state
             self._run(Call.LOAD)
+
+    def save(self, path: str | Path) -> None:
+        """Drain, then write a checkpoint: all that `load` needs to go on; done when it is whole.
+
+        Args:
+            path: the folder to make; all hosts must see it.
+
+        Raises:
+            OSError: it cannot be written (under torchrun it ends the job).
+        """
+        self._require_built("save()")
+        self._plan = None
+        self._save_now(Path(path))
+
+    def load(self, path: str | Path) -> Position:
+        """Go on from a checkpoint: the next `train` does what the one that was saved would have.
+
+        With as many stages and replicas it is bitwise the same. With others, weights, optimizers,
+        learning rates and the place in the data carry over, and the rest begins anew.
+
+        Args:
+            path: a checkpoint; or a folder of several, for the newest that is whole; or a
+                safetensors file of the model's weights alone.
+
+        Returns:
+            Where in the data it is.
+
+        Raises:
+            CheckpointError: there is none, it is damaged, or another model's.
+        """
+        self._require_open()
+        with self._reporting("loading a checkpoint", refuses=True):
+            if Path(path).is_file():
+                self.load_state_dict(load_weights(path))
+                return self.position
+            found = self._find_checkpoint(path)
+            names = [name for stage in found.layers for name in stage]
+            if names != [name for name, _ in self._model.named_children()]:
+                raise CheckpointError(
+                    f"{found.folder} is of a model with the layers {_some(names)}, and this one "
+                    f"has {_some([name for name, _ in self._model.named_children()])}"
+                )
+            self.notes = dict(found.notes)
+            self._pending = found
+            if self._driver is None and found.stages == self.stages:
+                sizes = [len(stage) for stage in found.layers]
+                self._adopt(self._blueprint.cut(sizes))
+            elif self._driver is not None:
+                self._take_up()
+            else:
+                self._course.position = found.position
+            return found.position
+
+    @property
+    def position(self) -> Position:
+        """Where in the data the first stage of this replica is; on other ranks `epochs` alone."""
+        return self._course.position
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Drain, then give the parameters of the stages of this process, by the model's names."""
@@ -413,6 +507,7 @@ class Pipeline:
         self._closed = True
         if self._driver is not None:
             self._run(Call.CLOSE)
+        self._await_saver()
         if self._watch is not None:
             for links in self._links:
                 links.close()
@@ -502,12 +597,12 @@ class Pipeline:
         return Pulse(engine.progress, driver.waiting, engine.stage.version > 0, engine.doing)
 
     def _open(
-        self, loader: Iterable[Any], pairs_only: bool, deals: bool = False
+        self, loader: Iterable[Any], pairs_only: bool, trains: bool = False
     ) -> Iterator[tuple[Nest, Nest]]:
         """Read a loader's first mini-batch, on the first stage, and build the stages if need be.
 
         Args:
-            deals: each replica is to have mini-batches of its own.
+            trains: each replica is to have mini-batches of its own, from where it left off.
         """
         self._require_open()
         with self._reporting("reading the loader's first mini-batch"), _gradients():
@@ -515,10 +610,18 @@ class Pipeline:
                 if self.partition is None:
                     self._adopt(self._blueprint.cut_by_time(None))
                 return iter(())
+            if trains:
+                self._course.begin(loader)
             batches = read(loader, pairs_only)
-            if deals:
-                batches = deal(batches, loader, self._grid)
-            first = next(batches)
+            if trains:
+                batches = self._course.find(deal(batches, loader, self._grid))
+            first = next(batches, None)
+            if first is None:
+                raise InputError(
+                    f"the checkpoint was made after {self.position.mini_batches} mini-batches of "
+                    "the loader, and it gives no more than these: give the loader that was trained "
+                    "on"
+                )
             if self.partition is None:
                 self._adopt(self._blueprint.cut_by_time(first if self.rank == 0 else None))
             return itertools.chain([first], batches)
@@ -532,12 +635,159 @@ class Pipeline:
             self._driver = self._blueprint.serve(cut)
             return
         self._engines = self._blueprint.build(cut, self._links, self._source)
+        for engine in self._engines:
+            engine.saver = self._save_stage
         self._driver = self._drive(self._engines, self._source)
+        if self._pending is not None:
+            self._take_up()
 
     def _drive(self, engines: Sequence[Engine], source: Source) -> Driver:
         if self._watch is None:
             return Alone(engines, source)
         return Apart(engines[0], source, self._watch)
+
+    # Checkpoints -------------------------------------------------------------------------------
+
+    def _check_plan(self, plan: Checkpoints | None) -> None:
+        if plan is not None and plan.every is not None and self.replicas > 1:
+            raise ValueError(
+                f"checkpoints with every={plan.every} and {self.replicas} replicas: they are at "
+                "different places in the middle of a pass; leave every out, for one at its end"
+            )
+        self._plan = plan
+
+    def _mark(self, plan: Checkpoints | None) -> Kind | None:
+        """What is to come before the next mini-batch; asked on a first stage."""
+        if plan is None:
+            return None
+        total = self.position.total
+        stops = self._stop_requested or (self._watch is not None and self._watch.stop_requested)
+        due = plan.every is not None and total and total % plan.every == 0
+        if not stops and (not due or total == self._saved_at):
+            return None
+        self._course.pause()
+        if stops:
+            return Kind.END
+        self._aim(plan.path(self.position))
+        return Kind.SAVE
+
+    @contextmanager
+    def _stoppable(self, plan: Checkpoints | None) -> Iterator[None]:
+        """Have a SIGTERM ask for a checkpoint and the end, in the block."""
+        if self._watch is not None:
+            self._watch.saves = self._watch.saves or plan is not None
+        alone = self._watch is None and threading.current_thread() is threading.main_thread()
+        if plan is None or not alone:
+            yield
+            return
+
+        def request(number: int, frame: Any) -> None:
+            self._stop_requested = True
+
+        before = signal.signal(signal.SIGTERM, request)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def _leave(self) -> None:
+        """After a SIGTERM, with all saved."""
+        if self.rank == 0:
+            print(f"headrace: stopped by SIGTERM; {self._target} goes on from here", flush=True)
+        self.close()
+        raise SystemExit(0)
+
+    def _aim(self, path: Path) -> None:
+        self._target, self._saved_at = path, self.position.total
+
+    def _save_now(self, path: Path | None = None) -> None:
+        plan = self._plan
+        if path is None:
+            assert plan is not None
+            path = plan.path(self.position)
+        self._aim(path)
+        self._run(Call.SAVE)
+        self._await_saver()
+
+    def _save_stage(self, engine: Engine, message: Message) -> Steps:
+        """Copy what a stage has to keep; with that of all stages here, have it written."""
+        while self._saver.is_busy:
+            yield Soon()
+        state = collect(engine)
+        if engine.stage.is_first:
+            state["course"] = self._course.state_dict()
+        who = label(self.replica, self.replicas, engine.stage.index)
+        weights = engine.stage.state_dict() if self.replica == 0 else None
+        self._parts.append(Part.of(who, engine.stage.index, weights, state))
+        if len(self._parts) == len(self._engines):
+            parts, self._parts = self._parts, []
+            self._start_saver(parts)
+
+    def _start_saver(self, parts: list[Part]) -> None:
+        plan = self._plan
+        # Where it goes is the first rank's to say; the others know the folder it is in.
+        final = Path(plan.folder) / "step" if plan and self.rank else self._target
+        head = self._head(final) if self.rank == 0 else None
+        self._saver.start(final, parts, head, plan.keep if plan else None)
+
+    def _head(self, final: Path) -> Checkpoint:
+        assert self.partition is not None
+        layers = [[layer.name for layer in stage] for stage in self.partition.stages]
+        depths = [*self.depths]
+        return Checkpoint(final, self.position, layers, self.replicas, depths, dict(self.notes))
+
+    def _await_saver(self) -> None:
+        while self._saver.is_busy:
+            assert self._watch is not None
+            self._watch.idle(patient=False)
+
+    def _find_checkpoint(self, path: str | Path) -> Checkpoint:
+        """The first rank says which one it is."""
+        self._calls += 1
+        if self._watch is None:
+            return Checkpoint.open(path)
+        key = f"load/{self._calls}"
+        if self.rank == 0:
+            found = Checkpoint.open(path)
+            self._watch.share(key, str(found.folder))
+            return found
+        return Checkpoint.open(self._watch.learn(key))
+
+    def _take_up(self) -> None:
+        """Be what the checkpoint at hand is of."""
+        found, self._pending = self._pending, None
+        assert found is not None and self.partition is not None
+        cut = [[layer.name for layer in stage] for stage in self.partition.stages]
+        same = cut == found.layers
+        parts = found.replicas if found.replicas == self.replicas else 1
+        replica = self.replica if parts == self.replicas else 0
+        states = {
+            j: found.state(label(replica, found.replicas, j))
+            for j in range(found.stages)
+            if not same or j in [engine.stage.index for engine in self._engines] or j == 0
+        }
+        weights = found.weights()
+
+        def restoring(engine: Engine) -> None:
+            stage = engine.stage
+            stage.load_state_dict(weights)
+            if same:
+                restore(engine, states[stage.index], found.depths)
+            else:
+                recut(engine, [*states.values()])
+
+        for engine in self._engines:
+            engine.restoring = restoring
+        self._run(Call.RESTORE)
+        if self.is_first:
+            self._course.load_state_dict(states[0]["course"])
+        else:
+            self._course.position = found.position
+        self._saved_at = self.position.total
+        if not same:
+            self._tune_at = states[0]["trained"] + TUNE_AT if self._tunes else None
+            if self.rank == 0:
+                print(_carried(found, self.stages), flush=True)
 
     # Running -----------------------------------------------------------------------------------
 
@@ -610,6 +860,18 @@ class Pipeline:
             if self._watch is not None:  # the others wait for what this rank will not do
                 self._watch.end_by(error, doing if isinstance(doing, str) else doing())
             raise
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names) if len(names) <= 6 else f"{names[0]} to {names[-1]} ({len(names)})"
+
+
+def _carried(found: Checkpoint, stages: int) -> str:
+    return (
+        f"headrace: {found.folder} has {found.stages} stages, and there are {stages} now: weights, "
+        "optimizers, learning rates and the place in the data carry over; the state of rules, "
+        "corrections and stages' random numbers begins anew"
+    )
 
 
 @contextmanager

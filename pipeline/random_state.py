@@ -1,6 +1,6 @@
 """The random state of a stage: captured, made, put in force for a while."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -30,6 +30,17 @@ class RandomState:
         if device.type == "cuda":
             cuda = torch.Generator(device).manual_seed(number).get_state()
         return cls(cpu, cuda, device)
+
+    def state_dict(self) -> dict[str, Tensor | None]:
+        """Both states."""
+        return {"cpu": self.cpu, "cuda": self.cuda}
+
+    def load_state_dict(self, state: Mapping[str, Tensor | None]) -> None:
+        """Take other states on; a GPU keeps its own where none was kept of one."""
+        assert state["cpu"] is not None
+        self.cpu = state["cpu"].cpu()
+        if self.cuda is not None and state["cuda"] is not None:
+            self.cuda = state["cuda"].cpu()
 
     def restore(self) -> None:
         """Put this state in force."""

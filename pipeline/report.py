@@ -6,11 +6,13 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .batch_size.sampled import Sampled
+from .stateful import Stateful
 
 __all__ = [
     "Books",
@@ -52,6 +54,7 @@ class Report:
         seconds: on the first stage's clock.
         staleness: of each stage's latest update known to the first stage.
         skipped: updates skipped, over all stages.
+        stopped: it ended early, asked to by a SIGTERM.
     """
 
     loss: float
@@ -61,6 +64,7 @@ class Report:
     seconds: float
     skipped: int
     staleness: tuple[float, ...]
+    stopped: bool = False
 
     @property
     def samples_per_second(self) -> float:
@@ -70,12 +74,13 @@ class Report:
     def numbers(self) -> tuple[float, ...]:
         """Write it as numbers, for a header."""
         head = (self.loss, self.samples, self.micro_batches, self.updates, self.seconds)
-        return (*head, self.skipped, *self.staleness)
+        return (*head, self.skipped, self.stopped, *self.staleness)
 
     @classmethod
     def from_numbers(cls, n: Sequence[float]) -> "Report":
         """Read what `numbers` wrote."""
-        return cls(n[0], int(n[1]), int(n[2]), int(n[3]), n[4], int(n[5]), tuple(n[6:]))
+        head = (n[0], int(n[1]), int(n[2]), int(n[3]), n[4], int(n[5]))
+        return cls(*head, tuple(n[7:]), bool(n[6]))
 
 
 @dataclass(frozen=True)
@@ -298,8 +303,10 @@ def _read_pairs(numbers: Sequence[float]) -> dict[int, int]:
     return {int(v): int(c) for v, c in zip(numbers[::2], numbers[1::2], strict=True)}
 
 
-class Books:
+class Books(Stateful):
     """The first stage's account of losses; they stay on the device until the log interval."""
+
+    state = ("_numbers", "_fed", "_sums", "_skipped", "_version")
 
     def __init__(self, stages: int) -> None:
         self._numbers = Row().numbers() * stages
@@ -400,7 +407,12 @@ class Books:
         self._losses, self._samples = [], []
         return total / counted if counted else math.nan, samples
 
-    def close(self, version: int) -> Report:
+    def state_dict(self) -> dict[str, Any]:
+        """What it knows; it reads the losses from the device."""
+        self._read()
+        return super().state_dict()
+
+    def close(self, version: int, stopped: bool = False) -> Report:
         """The call of `train` ends: report what came back since the last report."""
         self._read()
         self.log = None
@@ -417,4 +429,5 @@ class Books:
             seconds=time.perf_counter() - self._start,
             skipped=int(self._skipped - before),
             staleness=tuple(row.staleness for row in rows),
+            stopped=stopped,
         )

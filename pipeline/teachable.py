@@ -13,6 +13,7 @@ from .errors import InputError, first_line
 from .nest import describe
 from .random_state import RandomState
 from .settings import OptimizerFactory, make_optimizers
+from .stateful import Stateful
 
 __all__ = ["Mean", "SyntheticGradient", "Teachable", "adam", "make_seeded"]
 
@@ -43,8 +44,10 @@ def make_seeded(make: Callable[[], nn.Module], seed: int, like: Tensor) -> nn.Mo
     return made.to(like.device, torch.promote_types(like.dtype, torch.float32))
 
 
-class Mean:
+class Mean(Stateful):
     """The mean of the last `LATE` finite values; NaN before there is one."""
+
+    state = ("_values", "value")
 
     def __init__(self) -> None:
         self._values: deque[float] = deque(maxlen=LATE)
@@ -57,7 +60,7 @@ class Mean:
             self.value = sum(self._values) / len(self._values)
 
 
-class Teachable:
+class Teachable(Stateful):
     """A network, its optimizer, and how well it has done of late.
 
     Args:
@@ -68,6 +71,8 @@ class Teachable:
     Raises:
         InputError, TypeError, ValueError: the optimizer cannot be made.
     """
+
+    state = ("network", "_optimizers", "_random", "loss", "cosine")
 
     def __init__(self, network: nn.Module, optimizer: OptimizerFactory, seed: int = 0) -> None:
         self.network = network

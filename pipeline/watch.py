@@ -94,6 +94,7 @@ class Watch:
         self._closed = threading.Event()
         self._failed_at = 0.0
         self._stopping = False
+        self.saves, self.stop_requested = False, False
         self._process, self._sees = os.getpid(), _processes()
         self._handlers: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
@@ -115,6 +116,9 @@ class Watch:
     def silence(self) -> float:
         """Seconds of silence that are allowed after it."""
         return self._timeout[1]
+
+    saves: bool
+    """Whether a SIGTERM is to end training with a checkpoint, which `stop_requested` asks for."""
 
     # For the main thread -----------------------------------------------------------------------
 
@@ -147,6 +151,10 @@ class Watch:
             self.bell.wait(0.01)
             self.check()
         return bytes(self._store.get(key)).decode()
+
+    def peek(self, key: str) -> str | None:
+        """What a rank told with `share`, if it has; for any thread."""
+        return bytes(self._store.get(key)).decode() if self._store.check([key]) else None
 
     def fail_by(self, error: BaseException, doing: str) -> None:
         """Report an exception of this rank; once, though it passes several places on its way."""
@@ -257,6 +265,8 @@ class Watch:
             count += 1
             try:
                 pulse = self._tell(count)
+                if self.saves and not self.stop_requested and self._store.check(["stop"]):
+                    self.stop_requested = True
                 if self._store.check(["failure"]):
                     self._heed()
                 elif self._store.check(keys):
@@ -320,6 +330,12 @@ class Watch:
         with suppress(Exception):
             while self.failure is None and time.monotonic() < end and number == signal.SIGTERM:
                 time.sleep(0.02)
+        if number == signal.SIGTERM and self.saves and self.failure is None:
+            # All are well: the first stage ends the call, and all save. A second one may come, from
+            # torchrun and from whoever stops it: that is no reason to hurry.
+            self._stopping, self.stop_requested = False, True
+            self._store.set("stop", "")
+            return
         name = signal.Signals(number).name
         self.fail(f"stopped by {name}", code=128 + number)
         self.check()

@@ -6,13 +6,14 @@ with late gradients is from 2026's work on asynchronous pipelines.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim import Adam, NAdam, Optimizer
 
 from ..errors import InputError
+from ..stateful import Stateful
 from .correction import Correction
 
 if TYPE_CHECKING:
@@ -33,7 +34,8 @@ def refine(average: Tensor, basis: Tensor | None) -> Tensor:
     if basis is None:
         first: Tensor = torch.linalg.eigh(average).eigenvectors
         return first.flip(-1).contiguous()
-    refined: Tensor = torch.linalg.qr(average @ basis).Q
+    # Contiguous, as it is once it has been read from a checkpoint: sums depend on the layout.
+    refined: Tensor = torch.linalg.qr(average @ basis).Q.contiguous()
     return refined
 
 
@@ -54,8 +56,10 @@ def rotates(group: Mapping[str, Any]) -> bool:
 
 
 @dataclass
-class _Basis:
+class _Basis(Stateful):
     """Of one matrix: the averages, L and R, and their eigenvectors."""
+
+    state: ClassVar = ("averages", "left", "right", "steps")
 
     averages: tuple[Tensor, Tensor]
     left: Tensor
@@ -91,8 +95,20 @@ class BasisRotation(Correction):
                 raise ValueError(f"{name}={value!r}: give a whole number >= 1")
         self.decay, self.refresh, self.largest = float(decay), refresh, largest
         self._bases: dict[int, _Basis] = {}
+        self._parameters: Mapping[str, Tensor] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        names = {id(parameter): name for name, parameter in self._parameters.items()}
+        return {names[key]: basis.state_dict() for key, basis in self._bases.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+        for name, saved in state.items():
+            basis = _Basis((torch.empty(0), torch.empty(0)), torch.empty(0), torch.empty(0))
+            basis.load_state_dict(saved, device)
+            self._bases[id(self._parameters[name])] = basis
 
     def attach(self, stage: "Stage") -> None:
+        self._parameters = stage.owned
         for optimizer in stage.optimizers:
             if not isinstance(optimizer, Adam | NAdam):
                 raise InputError(

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..stateful import Stateful
+
 if TYPE_CHECKING:
     from ..stage import Stage
 
@@ -16,11 +18,12 @@ Fill = Callable[[str, Tensor], Tensor]
 """From a weight's name and its value, the value that a forward is to run with."""
 
 
-class Correction:
+class Correction(Stateful):
     """Changes nothing; the others override what they do otherwise.
 
     A parameter server asks `factor` and `change` alone. A stage has copies of its own of all its
-    corrections, so one may keep state there.
+    corrections, so one may keep state there; what training changes of it is named
+    in `state`, for checkpoints.
     """
 
     needs_weights = False
@@ -68,6 +71,9 @@ class Correction:
         Raises:
             InputError: it is not defined for one of them; with what to write instead.
         """
+
+    def catch_up(self, updates: int) -> None:
+        """So many updates were made without it: a checkpoint's, of another cut."""
 
     def factor(self, staleness: int) -> float:
         """What to multiply the learning rate by, for a gradient this many updates old."""

@@ -43,6 +43,8 @@ class GapAware(Correction):
     needs_weights = True
     keeps_last = True
 
+    state = ("_squares", "_highest", "_updates")
+
     def __init__(self, decay: float = 0.999, eps: float = 1e-8) -> None:
         if not isinstance(decay, int | float) or not 0 <= decay < 1:
             raise ValueError(f"decay={decay!r}: give a number from 0 to below 1")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..stateful import Stateful
 from .correction import Correction, Fill, correct
 
 if TYPE_CHECKING:
@@ -21,12 +22,14 @@ if TYPE_CHECKING:
 __all__ = ["Kit"]
 
 
-class Kit:
+class Kit(Stateful):
     """Copies of a pipeline's corrections, for they may keep state, attached to one stage.
 
     Raises:
         InputError: one is not defined for an optimizer of the stage's.
     """
+
+    state = ("corrections", "_before")
 
     def __init__(self, corrections: Sequence[Correction], stage: "Stage") -> None:
         own = copy.deepcopy(list(corrections))

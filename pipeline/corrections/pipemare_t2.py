@@ -43,6 +43,8 @@ class PipeMareT2(Correction):
     stands_in = True
     keeps_last = True
 
+    state = ("_drift",)
+
     def __init__(self, decay: float = 0.135) -> None:
         if not isinstance(decay, int | float) or not 0 < decay < 1:
             raise ValueError(f"decay={decay!r}: give a number between 0 and 1")

@@ -15,6 +15,7 @@ from torch.optim import SGD, Adam, AdamW, NAdam, Optimizer
 
 from ..errors import InputError
 from ..learning_rates import ComingRates
+from ..stateful import get, put
 from .correction import Correction, Fill
 
 if TYPE_CHECKING:
@@ -155,6 +156,18 @@ class WeightPrediction(Correction):
         self._homes: dict[str, _Home] = {}
         self._rates: dict[Optimizer, ComingRates] = {}
         self._factor: Callable[[int], float] = lambda staleness: 1.0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"last": get(self._last), "rates": get([*self._rates.values()])}
+
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+        self._last = put(self._last, state["last"], device)
+        put([*self._rates.values()], state["rates"], device)
+
+    def catch_up(self, updates: int) -> None:
+        for coming in self._rates.values():
+            for _ in range(updates):
+                coming.passed()
 
     def attach(self, stage: "Stage") -> None:
         self._left = _moved_by_others(stage, self.of)

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..channel import Inbox
 from ..gradient import Gradient
+from ..stateful import Stateful
 
 if TYPE_CHECKING:
     from ..engine import Engine
@@ -16,7 +17,7 @@ Steps = Generator[Inbox, None, Any]
 """What an engine does, and yields the inbox while it waits."""
 
 
-class Peers:
+class Peers(Stateful):
     """Nobody: the stage is alone with its weights. The others override what they do otherwise."""
 
     def timestamp(self, stage: "Stage") -> int:

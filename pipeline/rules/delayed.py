@@ -78,6 +78,7 @@ class Predict(Rule):
     """Forward and backward with the weights extrapolated to where the gradient will be applied."""
 
     keeps_weights = True
+    state = ("before",)
 
     def __init__(self, predictor: Predictor) -> None:
         self.predictor = predictor
@@ -121,6 +122,8 @@ class Delayed(Rule):
     Raises:
         ValueError: another word for weights, or a predictor that would not be used.
     """
+
+    state = ("policy",)
 
     def __init__(self, weights: str = "stash", predictor: Predictor | None = None) -> None:
         policies: dict[str, Callable[[], Rule]] = {

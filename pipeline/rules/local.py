@@ -5,7 +5,7 @@ The last stage has the network's own output and loss.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -63,6 +63,7 @@ class Local(Rule):
     """
 
     wants_gradients = False
+    state = ("_head", "_optimizers", "_schedulers", "_random", "_gradient", "_loss")
 
     def __init__(
         self,
@@ -82,6 +83,7 @@ class Local(Rule):
         self.ahead: int | None = ahead
         self._head: nn.Module | None = None
         self._gradient, self._loss = Gradient(), Mean()
+        self._saved: Mapping[str, Any] = {}
 
     @property
     def figures(self) -> Figures:
@@ -121,7 +123,19 @@ class Local(Rule):
         scheduler = stage.settings.scheduler if self._optimizer is None else None
         self._schedulers = make_schedulers(scheduler, self._optimizers)
         self._random = RandomState.derive(seed, 1, stage.device)
+        if self._saved:
+            self._head = made
+            super().load_state_dict(self._saved, stage.device)
         return made
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self._saved) if self._head is None else super().state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+        # A head is made of the first output that it sees.
+        self._saved = state
+        if state and self._head is not None:
+            super().load_state_dict(state, device)
 
     def _take_loss(self, stage: "Stage", head: nn.Module, h: Tensor, target: Any) -> Tensor:
         kind = next((p.dtype for p in head.parameters()), h.dtype)

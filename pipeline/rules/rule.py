@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ..report import Figures
+from ..stateful import Stateful
 from ..versions import Version
 
 if TYPE_CHECKING:
@@ -15,8 +16,11 @@ if TYPE_CHECKING:
 __all__ = ["Rule"]
 
 
-class Rule:
-    """The rule of plain back-propagation; the others override what they do otherwise."""
+class Rule(Stateful):
+    """The rule of plain back-propagation; the others override what they do otherwise.
+
+    What training changes of it is named in `state`, for checkpoints.
+    """
 
     recomputes = False
     """Keep a micro-batch's input only, and run its forward again when its gradient is there."""

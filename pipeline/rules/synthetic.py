@@ -7,7 +7,7 @@ only if that is the last stage, moves no weight: M learns from it, ‖M(h) - δ�
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -117,6 +117,7 @@ class Synthetic(Rule):
         self.synthesizes_inputs = inputs == "synthetic"
         self._synthesizers: dict[int, SyntheticGradient] = {}  # by the tensor's place in the output
         self._input: Teachable | None = None
+        self._saved: Mapping[str, Any] = {}  # of what is not made yet
 
     def check(self, schedule: "Schedule", stages: int) -> None:
         if schedule.flushes:
@@ -141,6 +142,21 @@ class Synthetic(Rule):
 
     def moves(self) -> bool:
         return self._p_update == 1 or float(torch.rand((), generator=self._draws)) < self._p_update
+
+    def state_dict(self) -> dict[str, Any]:
+        made = {k: each.state_dict() for k, each in self._synthesizers.items()}
+        known = self._saved.get("input", {}) if self._input is None else self._input.state_dict()
+        gradients = {**self._saved.get("gradients", {}), **made}
+        return {"gradients": gradients, "input": known, "draws": self._draws.get_state()}
+
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+        # A synthesizer is made of the first tensor that it sees.
+        self._saved = state
+        self._draws.set_state(state["draws"].cpu())
+        for k in self._synthesizers.keys() & state["gradients"].keys():
+            self._synthesizers[k].load_state_dict(state["gradients"][k], device)
+        if self._input is not None and state["input"]:
+            self._input.load_state_dict(state["input"], device)
 
     # Gradients ---------------------------------------------------------------------------------
 
@@ -170,7 +186,10 @@ class Synthetic(Rule):
         told = Condition.of(target, self._classes, h.shape) if self._conditional else None
         network = make_seeded(lambda: self._make(shape, shape, told), seed, h)
         start_at_zero(network)
-        return SyntheticGradient(network, self._optimizer, seed)
+        made = SyntheticGradient(network, self._optimizer, seed)
+        if k in self._saved.get("gradients", {}):
+            made.load_state_dict(self._saved["gradients"][k], stage.device)
+        return made
 
     def arrive(self, stage: "Stage", flight: "Flight", gradients: Sequence[Tensor | None]) -> bool:
         target = flight.target if self._conditional else None
@@ -213,6 +232,8 @@ class Synthetic(Rule):
                     f"the input synthesizer {type(network).__name__} gave {describe(guess)}, and "
                     f"the stage takes {describe(wanted[0])}: it must give that"
                 )
+            if self._saved.get("input"):
+                self._input.load_state_dict(self._saved["input"], stage.device)
 
     def guess_input(self, stage: "Stage", source: Nest) -> Nest:
         assert self._input is not None

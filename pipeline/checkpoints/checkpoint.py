@@ -1,0 +1,209 @@
+"""A checkpoint on disk: a folder whose manifest, written last, says what is in it.
+
+step-00001000/
+    checkpoint.json               the manifest: position, cut, and each file's size and SHA-256
+    weights/stage-0.safetensors   weights and buffers, by the model's own names
+    state/stage-0.safetensors     the tensors of all else that the stage needs to go on …
+    state/stage-0.json            … and the rest of it
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from .files import Entry, fault_of, read_json, read_tensors
+from .position import Position
+from .tree import unpack
+
+__all__ = ["MANIFEST", "Checkpoint", "CheckpointError", "candidates", "find_latest", "label"]
+
+MANIFEST = "checkpoint.json"
+FORMAT = 1
+REPLACED = ".replaced"
+"""Ends the name of one that is being written anew."""
+
+
+class CheckpointError(ValueError):
+    """What there is cannot be gone on from; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole one.
+
+    Args:
+        layers: the names of each stage's layers.
+        depths: micro-batches in flight behind a forward of each stage.
+        notes: the user's own (`Pipeline.notes`).
+        files: by name in the folder.
+    """
+
+    folder: Path
+    position: Position
+    layers: list[list[str]]
+    replicas: int
+    depths: list[int]
+    notes: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, Entry] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, path: str | Path) -> "Checkpoint":
+        """Read a manifest, and see that the files it speaks of are there.
+
+        Args:
+            path: a checkpoint's folder; or that of several, or …/latest, for the newest.
+
+        Raises:
+            CheckpointError: there is none, or it is not whole.
+        """
+        folder = Path(path)
+        if folder.name == "latest" and not folder.exists():
+            folder = folder.parent
+        if not (folder / MANIFEST).exists():
+            found, faults = find_latest(folder)
+            if found is not None:
+                return found
+            raise CheckpointError(_nothing(Path(path), folder, faults))
+        opened = cls._read(folder)
+        for name, entry in opened.files.items():
+            if fault := fault_of(folder / name, entry, thoroughly=False):
+                raise CheckpointError(f"{fault}: {REMEDY}")
+        return opened
+
+    @classmethod
+    def _read(cls, folder: Path) -> "Checkpoint":
+        try:
+            manifest = read_json(folder / MANIFEST)
+            if manifest["format"] != FORMAT:
+                raise CheckpointError(
+                    f"{folder} is of format {manifest['format']!r}, and this reads {FORMAT}: take "
+                    "the version of headrace that wrote it"
+                )
+            position = Position(**{key: int(n) for key, n in manifest["position"].items()})
+            layers = [[str(name) for name in stage] for stage in manifest["layers"]]
+            files = {str(name): _entry(each) for name, each in manifest["files"].items()}
+            depths = [int(depth) for depth in manifest["depths"]]
+            notes = dict(manifest["notes"])
+            return cls(folder, position, layers, int(manifest["replicas"]), depths, notes, files)
+        except CheckpointError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(
+                f"{folder / MANIFEST} is no manifest of a checkpoint ({error}): {REMEDY}"
+            ) from error
+
+    def manifest(self) -> dict[str, Any]:
+        """What `open` reads."""
+        own = {"position": asdict(self.position), "layers": self.layers, "depths": self.depths}
+        rest = {"replicas": self.replicas, "notes": self.notes, "files": self.files}
+        return {"format": FORMAT, **own, **rest}
+
+    def fault(self) -> str:
+        """What is wrong with a file, all of which are read; nothing, if all are as written."""
+        faults = (fault_of(self.folder / name, entry) for name, entry in self.files.items())
+        return next(filter(None, faults), "")
+
+    @property
+    def stages(self) -> int:
+        """How many there were."""
+        return len(self.layers)
+
+    def weights(self) -> dict[str, Tensor]:
+        """The whole model's weights and buffers, by its own names, on the CPU.
+
+        Raises:
+            CheckpointError: a file is not what was written.
+        """
+        found: dict[str, Tensor] = {}
+        for j in range(self.stages):
+            found |= self._tensors(f"weights/stage-{j}.safetensors")
+        return found
+
+    def state(self, who: str) -> Any:
+        """All else of one process's part, as `label` calls it.
+
+        Raises:
+            CheckpointError: it is not there, or not what was written.
+        """
+        tensors = self._tensors(f"state/{who}.safetensors")
+        file = self._intact(f"state/{who}.json")
+        try:
+            return unpack(read_json(file), tensors)
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"{file}: {error}") from error
+
+    def has(self, who: str) -> bool:
+        """Whether there is such a part."""
+        return f"state/{who}.json" in self.files
+
+    def _tensors(self, name: str) -> dict[str, Tensor]:
+        file = self._intact(name)
+        try:
+            return read_tensors(file)
+        except ValueError as error:
+            raise CheckpointError(str(error)) from error
+
+    def _intact(self, name: str) -> Path:
+        file = self.folder / name
+        if name not in self.files:
+            raise CheckpointError(f"{self.folder} has no {name}: it is another pipeline's")
+        if fault := fault_of(file, self.files[name]):
+            raise CheckpointError(f"{fault}: {REMEDY}")
+        return file
+
+
+REMEDY = "the checkpoint is damaged; go on from an older one, or remove it"
+
+
+def _entry(value: Mapping[str, Any]) -> Entry:
+    return {"bytes": int(value["bytes"]), "sha256": str(value["sha256"])}
+
+
+def _nothing(path: Path, folder: Path, faults: list[str]) -> str:
+    if faults:
+        return f"no checkpoint in {folder} is whole: {'; '.join(faults)}"
+    if not folder.is_dir():
+        return f"there is no {path}: write a checkpoint's folder, or that of several"
+    names = ", ".join(sorted(p.name for p in folder.iterdir())[:5]) or "nothing"
+    return f"no checkpoint is in {folder} (there is {names}): one is a folder with {MANIFEST}"
+
+
+def candidates(folder: Path) -> list[Path]:
+    """The checkpoints in a folder that have their manifest, the newest first."""
+    found = [file.parent for file in folder.glob(f"*/{MANIFEST}") if file.parent.name[0] != "."]
+    return sorted(found, key=_age, reverse=True)
+
+
+def _age(path: Path) -> tuple[int, bool, str]:
+    try:
+        count = int(json.loads((path / MANIFEST).read_bytes())["position"]["micro_batches"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        count = -1
+    return (count, not path.name.endswith(REPLACED), path.name)
+
+
+def find_latest(folder: str | Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint in a folder that is as it was written, and what is wrong with those
+    that are newer.
+    """
+    faults: list[str] = []
+    for path in candidates(Path(folder)):
+        try:
+            found = Checkpoint.open(path)
+        except CheckpointError as error:
+            faults.append(str(error))
+            continue
+        if fault := found.fault():
+            faults.append(fault)
+            continue
+        return found, faults
+    return None, faults
+
+
+def label(replica: int, replicas: int, stage: int) -> str:
+    """What a part is called."""
+    return f"replica-{replica}-stage-{stage}" if replicas > 1 else f"stage-{stage}"

@@ -1,0 +1,104 @@
+"""Files that are on the disk before they are said to be, and sums that tell whether they still are."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+__all__ = ["Entry", "fault_of", "read_json", "read_tensors", "sync", "write_json", "write_tensors"]
+
+Entry = dict[str, Any]
+"""Of one file: its size in bytes, and its SHA-256."""
+
+
+def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> Entry:
+    """Write tensors as safetensors.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        save_file(dict(tensors), file, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{file}: {error}") from error
+    return _finish(file)
+
+
+def write_json(file: Path, value: Any) -> Entry:
+    """Write plain data as JSON.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(value, allow_nan=False), encoding="utf-8")
+    return _finish(file)
+
+
+def _finish(file: Path) -> Entry:
+    sync(file)
+    with file.open("rb") as opened:
+        return {
+            "bytes": file.stat().st_size,
+            "sha256": hashlib.file_digest(opened, "sha256").hexdigest(),
+        }
+
+
+def sync(path: Path) -> None:
+    """See to it that a file, or a folder's entries, are on the disk."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def fault_of(file: Path, entry: Entry, thoroughly: bool = True) -> str:
+    """What is wrong with a file; nothing, if it is what was written.
+
+    Args:
+        thoroughly: read all of it.
+    """
+    try:
+        size = file.stat().st_size
+        if size != entry["bytes"]:
+            return f"{file} has {size} bytes, and {entry['bytes']} were written"
+        if thoroughly:
+            with file.open("rb") as opened:
+                if hashlib.file_digest(opened, "sha256").hexdigest() != entry["sha256"]:
+                    return f"{file} is not what was written: its SHA-256 differs"
+    except OSError as error:
+        return f"{file} cannot be read: {error.strerror or error}"
+    return ""
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is not a safetensors file: {error}") from error
+
+
+def read_json(file: Path) -> Any:
+    """The plain data of a JSON file.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        return json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not a JSON file: {error}") from error

@@ -1,0 +1,80 @@
+"""Optimizers by the names of what they move, so that another cut of the model finds its part."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+__all__ = ["load_optimizers", "optimizer_states"]
+
+OWN = ("params", "param_names", "names")
+
+
+def optimizer_states(
+    optimizers: Iterable[Optimizer], weights: Mapping[str, nn.Parameter]
+) -> list[dict[str, Any]]:
+    """Each optimizer's class, its groups with the names of their weights, its state by name."""
+    names = {id(weight): name for name, weight in weights.items()}
+    return [_state(optimizer, names) for optimizer in optimizers]
+
+
+def _state(optimizer: Optimizer, names: Mapping[int, str]) -> dict[str, Any]:
+    plain = optimizer.state_dict()
+    order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+    groups = [
+        {key: value for key, value in group.items() if key not in OWN}
+        | {"names": [order[k] for k in group["params"]]}
+        for group in plain["param_groups"]
+    ]
+    state = {order[k]: value for k, value in plain["state"].items()}
+    return {"kind": type(optimizer).__name__, "groups": groups, "state": state}
+
+
+def load_optimizers(
+    optimizers: Iterable[Optimizer],
+    weights: Mapping[str, nn.Parameter],
+    saved: Sequence[Sequence[Mapping[str, Any]]],
+) -> None:
+    """Give optimizers what was saved for the names of their weights.
+
+    Args:
+        saved: of each stage, what `optimizer_states` gave.
+
+    Raises:
+        ValueError: an optimizer of this class did not move one of the weights.
+    """
+    names = {id(weight): name for name, weight in weights.items()}
+    for optimizer in optimizers:
+        kind = type(optimizer).__name__
+        alike = [each for stage in saved for each in stage if each["kind"] == kind]
+        _load(optimizer, names, alike, [each["kind"] for stage in saved for each in stage])
+
+
+def _load(
+    optimizer: Optimizer,
+    names: Mapping[int, str],
+    saved: Sequence[Mapping[str, Any]],
+    kinds: Sequence[str],
+) -> None:
+    homes = {name: (one, g) for one in saved for g in one["groups"] for name in g["names"]}
+    state, groups, number = {}, [], 0
+    for group in optimizer.param_groups:
+        own = [names[id(parameter)] for parameter in group["params"]]
+        for name in own:
+            if name not in homes:
+                raise ValueError(
+                    f"the checkpoint has no {type(optimizer).__name__} of {name!r}, but "
+                    f"{', '.join(dict.fromkeys(kinds)) or 'no optimizer'} of others: write the "
+                    "optimizer that it was saved with, or load its weights alone"
+                )
+            if name in homes[name][0]["state"]:
+                state[number + own.index(name)] = homes[name][0]["state"][name]
+        theirs = homes[own[0]][1] if own else {}
+        kept = {key: value for key, value in group.items() if key not in OWN}
+        kept |= {key: value for key, value in theirs.items() if key not in OWN}
+        groups.append(kept | {"params": [*range(number, number + len(own))]})
+        if "param_names" in group:
+            groups[-1]["param_names"] = list(group["param_names"])
+        number += len(own)
+    optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -1,0 +1,37 @@
+"""When checkpoints are made, and how many are kept."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from .position import Position
+
+__all__ = ["Checkpoints"]
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """What `train` is to save of itself, into FOLDER/step-MICRO_BATCHES.
+
+    Args:
+        folder: of all checkpoints; hosts share it.
+        every: mini-batches from one to the next, counted from the run's beginning; None: one at the
+            end of each call of `train`, which is all that replicas can.
+        keep: how many; older ones are removed once a new one is whole.
+
+    Raises:
+        ValueError: a number that is too small.
+    """
+
+    folder: str | Path
+    every: int | None = None
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        for name, value in (("every", self.every), ("keep", self.keep)):
+            given = name == "keep" or value is not None
+            if given and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name}={value!r}: give a whole number >= 1")
+
+    def path(self, position: Position) -> Path:
+        """Where the checkpoint of a position goes."""
+        return Path(self.folder) / f"step-{position.micro_batches:08d}"

@@ -1,0 +1,107 @@
+"""What a stage has to keep beside its weights, and how it takes that on again.
+
+Nothing is in flight when it is asked: a checkpoint is made of a pipeline that has drained.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..batch_size.sampled import Sampled
+from ..gradient import Gradient
+from ..random_state import RandomState
+from ..stateful import get, put
+from .optimizers import load_optimizers, optimizer_states
+
+if TYPE_CHECKING:
+    from ..engine import Engine
+    from ..stage import Stage
+
+__all__ = ["collect", "recut", "restore"]
+
+COUNTS = ("version", "skipped", "closed", "latest_samples", "latest_staleness")
+"""What all stages have alike."""
+
+OWN = ("staleness", "lag", "latest_lag", "most_in_flight", "gradient", "kit", "rule", "peers")
+
+
+def collect(engine: "Engine") -> dict[str, Any]:
+    """All that a stage needs to go on, but its weights; tensors are its own, not copies."""
+    stage = engine.stage
+    assert not stage.flights, "nothing may be in flight"
+    return {
+        "optimizers": optimizer_states(stage.optimizers, stage.owned),
+        "schedulers": get(stage.schedulers),
+        "counts": {name: getattr(stage, name) for name in COUNTS},
+        "own": {name: get(getattr(stage, name)) for name in OWN},
+        "sampled": tuple(stage.sampled),
+        "random": (stage.random or RandomState.capture(stage.device)).state_dict(),
+        "trained": engine.trained,
+        "within": engine.within,
+        "gathering": engine.gathering.state_dict(),
+        "books": engine.books.state_dict(),
+    }
+
+
+def restore(engine: "Engine", saved: Mapping[str, Any], depths: Sequence[int]) -> None:
+    """Be the same stage of the same cut, with its weights loaded already.
+
+    Raises:
+        ValueError, KeyError: the state is of other optimizers, rules or corrections.
+    """
+    stage = engine.stage
+    _restore_optimizers(stage, [saved])
+    for name in OWN:
+        setattr(stage, name, put(getattr(stage, name), saved["own"][name], stage.device))
+    stage.sampled = Sampled(*saved["sampled"])
+    if stage.random is not None:
+        stage.random.load_state_dict(saved["random"])
+    else:
+        state = RandomState.capture(stage.device)
+        state.load_state_dict(saved["random"])
+        state.restore()
+    _restore_counts(engine, saved, tuple(depths))
+    engine.books.load_state_dict(saved["books"], torch.device("cpu"))
+
+
+def recut(engine: "Engine", saved: Sequence[Mapping[str, Any]]) -> None:
+    """Be a stage of another cut: what its layers' names lead to, and what all stages have alike.
+
+    Args:
+        saved: of each stage that there was.
+    """
+    stage = engine.stage
+    _restore_optimizers(stage, saved)
+    gradient = Gradient(measures=stage.gradient.measures)
+    gradient.load_state_dict(saved[0]["own"]["gradient"], stage.device)
+    sums = {n: g for each in saved for n, g in each["own"]["gradient"]["sums"].items()}
+    gradient.sums = {n: sums[n].to(stage.device) for n in stage.trainable if n in sums}
+    stage.gradient = gradient
+    for correction in stage.kit.corrections:
+        correction.catch_up(saved[0]["counts"]["version"])
+    stage.staleness, stage.lag = Counter(), Counter()
+    _restore_counts(engine, saved[0], engine.depths)
+    engine.books.load_state_dict(
+        {**saved[0]["books"], "_numbers": engine.books.state_dict()["_numbers"]},
+        torch.device("cpu"),
+    )
+
+
+def _restore_optimizers(stage: "Stage", saved: Sequence[Mapping[str, Any]]) -> None:
+    load_optimizers(stage.optimizers, stage.owned, [each["optimizers"] for each in saved])
+    theirs = max((each["schedulers"] for each in saved), key=len)
+    if len(theirs) < len(stage.schedulers):
+        raise ValueError("the checkpoint has no learning-rate scheduler, or fewer than there are")
+    for scheduler, state in zip(stage.schedulers, theirs, strict=False):
+        own = {"base_lrs": scheduler.base_lrs} if len(saved) > 1 else {}
+        scheduler.load_state_dict({**state, **own})
+
+
+def _restore_counts(engine: "Engine", saved: Mapping[str, Any], depths: tuple[int, ...]) -> None:
+    for name in COUNTS:
+        setattr(engine.stage, name, saved["counts"][name])
+    engine.gathering.load_state_dict(saved["gathering"], torch.device("cpu"))
+    engine.within = saved["within"]
+    engine.go_on(int(saved["trained"]), depths)

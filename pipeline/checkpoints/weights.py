@@ -1,0 +1,36 @@
+"""Weights alone: out of a checkpoint, and to and from one safetensors file."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .checkpoint import Checkpoint, CheckpointError
+from .files import read_tensors
+
+__all__ = ["load_weights", "save_weights"]
+
+
+def load_weights(path: str | Path) -> dict[str, Tensor]:
+    """A model's weights and buffers, by its own names, on the CPU: for its `load_state_dict`.
+
+    Args:
+        path: a checkpoint, a folder of checkpoints (the newest one), or a .safetensors file.
+
+    Raises:
+        CheckpointError: it is none of these, or damaged.
+    """
+    path = Path(path)
+    if path.is_file():
+        try:
+            return read_tensors(path)
+        except ValueError as error:
+            raise CheckpointError(str(error)) from error
+    return Checkpoint.open(path).weights()
+
+
+def save_weights(state: Mapping[str, Tensor], file: str | Path) -> None:
+    """Write a model's `state_dict` as a safetensors file; tied weights are written each."""
+    copies = {name: t.detach().cpu().contiguous().clone() for name, t in state.items()}
+    save_file(copies, file, metadata={"format": "pt"})

@@ -1,0 +1,130 @@
+"""A first stage's course through its data: how far it is, and how to come there again.
+
+A loader that draws its order at the beginning of a pass is given the random states of then, and its
+mini-batches up to the place are drawn and dropped; the next one is drawn with the random states it
+was drawn with, for it may be augmented.
+"""
+
+import random
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from itertools import islice
+from typing import Any
+
+import torch
+
+from .checkpoints.position import Position
+from .nest import Nest
+
+__all__ = ["Course"]
+
+
+class Course:
+    """Where a first stage is; on the other ranks only the calls of `train` are counted."""
+
+    def __init__(self) -> None:
+        self.position = Position()
+        self._generators: list[torch.Generator] = []
+        self._began: Mapping[str, Any] | None = None
+        self._here: Mapping[str, Any] = {}
+        self._resumes: Mapping[str, Any] | None = None
+
+    def begin(self, loader: Iterable[Any]) -> None:
+        """A call of `train` begins: note the random states, or take on those of a checkpoint."""
+        self._generators = _generators_of(loader)
+        if self._resumes is not None:
+            began = self._resumes["began"]
+            _restore(self._resumes["now"] if began is None else began, self._generators)
+        self._began = self._here = _capture(self._generators)
+
+    def find(self, batches: Iterator[tuple[Nest, Nest]]) -> Iterator[tuple[Nest, Nest]]:
+        """A loader's mini-batches from the place on that a checkpoint was made at."""
+        resumes, self._resumes = self._resumes, None
+        if resumes is not None and resumes["began"] is not None:
+            for _ in islice(batches, self.position.mini_batches):
+                pass
+            self._here = resumes["here"]
+            _restore(self._here, self._generators)
+            first = next(batches, None)
+            if first is None:
+                return
+            # Between the drawing of this one and the checkpoint, layers may have drawn.
+            _restore(resumes["now"], self._generators)
+            yield first
+        yield from batches
+
+    def pause(self) -> None:
+        """The place may be saved before the next mini-batch, which is about to be drawn."""
+        self._here = _capture(self._generators)
+
+    def feed(self, micro_batches: int, samples: int) -> None:
+        """A mini-batch goes in."""
+        now = self.position
+        self.position = replace(
+            now,
+            mini_batches=now.mini_batches + 1,
+            total=now.total + 1,
+            micro_batches=now.micro_batches + micro_batches,
+            samples=now.samples + samples,
+        )
+
+    def end(self) -> None:
+        """A call of `train` is over."""
+        self.position = replace(self.position, epochs=self.position.epochs + 1, mini_batches=0)
+        self._began = None
+
+    # Its state ---------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place; the random states at the beginning of the pass, if in one, before the place's
+        next mini-batch was drawn, and now.
+        """
+        if self._resumes is not None:  # nothing was read since
+            return dict(self._resumes) | {"position": _plain(self.position)}
+        now = _capture(self._generators)
+        states = {"began": self._began, "here": self._here, "now": now}
+        return {"position": _plain(self.position), **states}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Be there with the next call of `train`."""
+        self.position = Position(**state["position"])
+        self._resumes = state
+        self._began = None
+
+
+def _plain(position: Position) -> dict[str, int]:
+    return dict(vars(position))
+
+
+def _generators_of(loader: Any) -> list[torch.Generator]:
+    """What a DataLoader and its samplers draw from."""
+    batches = getattr(loader, "batch_sampler", None)
+    places = (loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None))
+    found = [getattr(place, "generator", None) for place in places]
+    unique = {id(g): g for g in found if isinstance(g, torch.Generator)}
+    return list(unique.values())
+
+
+def _capture(generators: list[torch.Generator]) -> dict[str, Any]:
+    """Of this process: the loader's generators, torch's, Python's and, if in use, NumPy's."""
+    state = {
+        "loader": [generator.get_state() for generator in generators],
+        "torch": torch.get_rng_state(),
+        "python": random.getstate(),
+    }
+    if numpy := sys.modules.get("numpy"):
+        kind, keys, *rest = numpy.random.get_state()
+        state["numpy"] = (kind, torch.from_numpy(keys.astype("int64")), *map(float, rest))
+    return state
+
+
+def _restore(state: Mapping[str, Any], generators: list[torch.Generator]) -> None:
+    for generator, saved in zip(generators, state["loader"], strict=False):
+        generator.set_state(saved)
+    torch.set_rng_state(state["torch"])
+    random.setstate(state["python"])
+    if "numpy" in state and (numpy := sys.modules.get("numpy")):
+        kind, keys, place, has, value = state["numpy"]
+        words = keys.numpy().astype("uint32")
+        numpy.random.set_state((kind, words, int(place), int(has), value))
