@@ -37,6 +37,19 @@ class Data:
     workers: Annotated[int, "processes that load data, beside the first stage's own"] = 0
 
 
+@dataclass(frozen=True, kw_only=True)
+class CheckpointOptions:
+    """What is saved of a run while it goes on, and what it begins from."""
+
+    every: Annotated[
+        int | Literal["epoch"] | None, "mini-batches between two, or epoch; null: none are made"
+    ] = None
+    keep: Annotated[int, "how many are kept, in runs/NAME/checkpoints"] = 2
+    resume: Annotated[
+        str | None, "auto: the newest of the run NAME, if it was stopped; or a checkpoint's folder"
+    ] = None
+
+
 Schedule = Literal["gpipe", "1f1b", "stream"]
 Balance = Literal["time", "parameters"] | list[str | int]
 
@@ -101,9 +114,11 @@ class Config:
     )
     data: Data
     pipeline: PipelineOptions = field(default_factory=PipelineOptions)
+    checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
 
     def __post_init__(self) -> None:
         at_least = {"epochs": 1, "log_every": 1, "stages": 1, "threads": 1, "seed": 0}
+        at_least |= {"checkpoint.every": 1, "checkpoint.keep": 1}
         at_least |= {"data.batch_size": 1, "data.workers": 0, "pipeline.check_stability": 0}
         for key, least in at_least.items():
             value = self

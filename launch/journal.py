@@ -4,12 +4,14 @@ import importlib.metadata
 import math
 import platform
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from headrace.pipeline import Pipeline, Report
+from headrace.pipeline.checkpoints import Position
 from headrace.pipeline.report import Progress, ShardStatistics, StageStatistics
 
 from .assemble import expected_staleness
@@ -36,14 +38,16 @@ class Journal:
     """Prints the partition, a progress line and the results; writes the files of runs/NAME.
 
     Args:
-        pipe: prepared.
+        pipe: prepared, and where a checkpoint has brought it.
         samples: in an epoch; None where the data does not say.
+        folder: of the run.
     """
 
-    def __init__(self, config: Config, pipe: Pipeline, samples: int | None) -> None:
+    def __init__(self, config: Config, pipe: Pipeline, samples: int | None, folder: Path) -> None:
         assert pipe.partition is not None
         self._config, self._partition = config, pipe.partition
-        self._files = RunFiles(config.name, to_yaml(config))
+        done = pipe.notes.get("journal", {})
+        self._files = RunFiles(folder, to_yaml(config), pipe.position.samples)
         self._out = console()
         where = " in one process" if processes() is None else ""
         self._replicas, self._replica = pipe.replicas, pipe.replica
@@ -54,8 +58,12 @@ class Journal:
         self._out.print(prospect(pipe.partition))
         if stability := look_ahead(config, pipe):
             self._out.print(stability)
-        self._samples, self._micro_batches, self._seconds = 0, 0, 0.0
-        self._loss = math.nan
+        self._samples, self._micro_batches = done.get("samples", 0), done.get("micro_batches", 0)
+        self._seconds, self._loss = done.get("seconds", 0.0), done.get("loss", math.nan)
+        self._notes = pipe.notes
+        self._notes["config"] = to_yaml(config)
+        if pipe.position.total:
+            self._out.print(_where(pipe.position))
         total = samples * config.epochs // pipe.replicas if samples is not None else None
         self._line = ProgressLine(self._out, config.epochs, total)
 
@@ -94,6 +102,9 @@ class Journal:
         self._micro_batches += report.micro_batches
         self._seconds += report.seconds
         self._loss = report.loss
+        # For a checkpoint, of which this start may not see the end.
+        done = {"samples": self._samples, "micro_batches": self._micro_batches}
+        self._notes["journal"] = done | _finite({"seconds": self._seconds, "loss": self._loss})
         values = {
             "epoch": epoch,
             "loss": report.loss,
@@ -244,6 +255,15 @@ class Journal:
                 "headrace": _version(),
             },
         }
+
+
+def _where(position: Position) -> str:
+    within = f", mini-batch {position.mini_batches:,}" if position.mini_batches else ""
+    return f"goes on in epoch {position.epochs + 1}{within}, after {position.samples:,} samples"
+
+
+def _finite(numbers: Mapping[str, float]) -> dict[str, float]:
+    return {name: number for name, number in numbers.items() if math.isfinite(number)}
 
 
 def _known(**values: Any) -> dict[str, Any]:

@@ -10,7 +10,20 @@ from typing import NoReturn
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-__all__ = ["check_stages", "hear", "processes", "rank", "refuse", "refuse_error", "stop", "tell"]
+from headrace.pipeline.attempt import attempt
+
+__all__ = [
+    "check_stages",
+    "hear",
+    "processes",
+    "rank",
+    "recall",
+    "refuse",
+    "refuse_error",
+    "remember",
+    "stop",
+    "tell",
+]
 
 _PATIENCE = timedelta(seconds=60)
 
@@ -55,6 +68,20 @@ def hear(name: str) -> str:
     return str(store.get(_key(name)).decode())
 
 
+def remember(name: str, value: str) -> None:
+    """Keep something for the processes that torchrun starts in the place of these."""
+    if processes() is not None:
+        _store().set(f"headrace/launch/{name}", value)
+
+
+def recall(name: str) -> str | None:
+    """What an earlier start of this job wanted to be remembered; None where this is the first."""
+    if processes() is None:
+        return None
+    store, key = _store(), f"headrace/launch/{name}"
+    return str(store.get(key).decode()) if store.check([key]) else None
+
+
 def refuse(message: str) -> NoReturn:
     """Print one line on stderr, once however many processes refuse, and end with exit code 2."""
     line = f"headrace: {message}\n"
@@ -95,4 +122,4 @@ def _store() -> TCPStore:
 
 def _key(name: str) -> str:
     """Of this start of the processes: torchrun may restart them on the same store."""
-    return f"headrace/launch/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{name}"
+    return f"headrace/launch/{attempt()}/{name}"

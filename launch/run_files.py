@@ -15,19 +15,20 @@ __all__ = ["RunFiles", "new_folder"]
 
 
 class RunFiles:
-    """A new folder runs/NAME, or NAME-2, NAME-3 … if there are such runs: none is written over.
+    """The files in a run's folder.
 
     Args:
-        name: the run's.
+        folder: of `new_folder`, or of a run that is gone on with.
         config: its resolved configuration, as YAML.
-        root: the folder of all runs.
+        samples: trained on before this start; what metrics.jsonl says of later ones is dropped.
     """
 
-    def __init__(self, name: str, config: str, root: Path = Path("runs")) -> None:
-        self.folder = new_folder(root, name)
-        (self.folder / "config.yaml").write_text(config, encoding="utf-8")
-        self._metrics = (self.folder / "metrics.jsonl").open("a", encoding="utf-8")
-        self._board = _tensorboard(self.folder)
+    def __init__(self, folder: Path, config: str, samples: int = 0) -> None:
+        self.folder = folder
+        (folder / "config.yaml").write_text(config, encoding="utf-8")
+        _drop_later(folder / "metrics.jsonl", samples)
+        self._metrics = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+        self._board = _tensorboard(folder, samples)
 
     def log(self, event: str, step: int, values: Mapping[str, Any]) -> None:
         """Append a line to metrics.jsonl, and the numbers in it to TensorBoard.
@@ -95,13 +96,29 @@ def new_folder(root: Path, name: str) -> Path:
             return folder
 
 
-def _tensorboard(folder: Path) -> Any:
+def _drop_later(metrics: Path, samples: int) -> None:
+    """Keep of an earlier start's lines those up to the place that is gone on from."""
+    if not metrics.exists():
+        return
+    lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if _step(line) <= samples]
+    _replace(metrics, lambda path: path.write_text("".join(kept), encoding="utf-8"))
+
+
+def _step(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):  # cut short when its writer died
+        return math.inf
+
+
+def _tensorboard(folder: Path, samples: int) -> Any:
     """A writer of events, or None where tensorboard is not installed."""
     if importlib.util.find_spec("tensorboard") is None:
         return None
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(log_dir=str(folder))
+    return SummaryWriter(log_dir=str(folder), purge_step=samples or None)
 
 
 def _finite(value: Any) -> Any:

@@ -32,6 +32,7 @@ from .assemble import (
 from .config import Config, parse
 from .journal import Journal
 from .ranks import check_stages, hear, rank, refuse_error, stop, tell
+from .resume import Beginning, find_beginning, plan_checkpoints, run_folder
 
 __all__ = ["main"]
 
@@ -49,13 +50,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         data = _make_data(config, grid)
+        beginning = find_beginning(config)
         pipe = make_pipeline(config, make_model(config), data.updates)
     except (ValueError, TypeError) as error:
         refuse_error(error)
     try:
         with pipe, warnings.catch_warnings():
             warnings.simplefilter("ignore", StabilityWarning)  # the journal says it
-            _run(config, data, pipe)
+            _run(config, data, pipe, beginning)
     except InputError as error:
         refuse_error(error)
 
@@ -83,16 +85,23 @@ def _make_data(config: Config, grid: Grid) -> _Data:
     return _Data(train, test, samples_per_epoch(config, train), total_updates)
 
 
-def _run(config: Config, data: _Data, pipe: Pipeline) -> None:
+def _run(config: Config, data: _Data, pipe: Pipeline, beginning: Beginning) -> None:
     """Every rank does the same; the first one keeps the journal."""
+    if beginning.checkpoint is not None:
+        pipe.load(beginning.checkpoint)
     pipe.prepare(data.train)
-    journal = Journal(config, pipe, data.samples) if pipe.rank == 0 else None
+    folder = run_folder(config, beginning) if pipe.rank == 0 else None
+    journal = Journal(config, pipe, data.samples, folder) if folder else None
     try:
-        for epoch in range(1, config.epochs + 1):
+        plan = plan_checkpoints(config, folder)
+        while pipe.position.epochs < config.epochs:
+            epoch = pipe.position.epochs + 1
             log = partial(journal.progress, epoch) if journal else None
-            report = pipe.train(data.train, log=log, log_every=config.log_every)
+            report = pipe.train(data.train, log=log, log_every=config.log_every, checkpoints=plan)
             if journal:
                 journal.epoch(epoch, report)
+        if plan is not None:
+            pipe.save(plan.path(pipe.position), plan.keep)
         scores = pipe.evaluate(data.test, make_metrics(config)) if data.test is not None else {}
         statistics, shards = pipe.statistics(), pipe.shard_statistics()
         weights = pipe.state_dict()

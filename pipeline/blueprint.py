@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -55,6 +55,14 @@ class Blueprint:
     seed: int
     micro_batches: int
     emulated_link: Link | None
+
+    @property
+    def kinds(self) -> dict[str, Any]:
+        """What has a state of its own: a checkpoint's must be of the same, or it begins anew."""
+        replicas = None if self.replicas is None else type(self.replicas).__name__
+        corrections = [type(each).__name__ for each in self.settings.corrections]
+        rules = [rule.kind for rule in self.rules]
+        return {"rules": rules, "corrections": corrections, "replicas": replicas}
 
     # The cut -----------------------------------------------------------------------------------
 

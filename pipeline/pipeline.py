@@ -14,7 +14,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -172,10 +172,10 @@ class Pipeline:
         self.notes: dict[str, Any] = {}
         """What the user wants to find again in a checkpoint: JSON's types; the first rank's."""
         self._course = Course()
-        self._plan: Checkpoints | None = None
         self._pending: Checkpoint | None = None
         self._parts: list[Part] = []
-        self._target, self._saved_at, self._stop_requested = Path(), -1, False
+        self._target, self._keep = Path(), cast(int | None, None)
+        self._saved_at, self._stop_requested = -1, False
         self._saver = Saver(
             self._world.rank if self._world else 0,
             self._world.size if self._world else 1,
@@ -302,6 +302,8 @@ class Pipeline:
         if log_every < 1:
             raise ValueError(f"log_every={log_every!r}: give a whole number >= 1")
         self._check_plan(checkpoints)
+        if checkpoints is not None:
+            self._aim(checkpoints.path(self.position), checkpoints.keep)
         batches = self._open(loader, pairs_only=True, trains=True)
         self._warn_of_delay()
         messages = None
@@ -316,7 +318,7 @@ class Pipeline:
         if not report.stopped:
             self._course.end()
         if checkpoints is not None and (report.stopped or checkpoints.every is None):
-            self._save_now()
+            self._save_now(checkpoints.path(self.position), checkpoints.keep)
         if report.stopped:
             self._leave()
         return report
@@ -379,18 +381,18 @@ class Pipeline:
                 engine.incoming = state
             self._run(Call.LOAD)
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path, keep: int | None = None) -> None:
         """Drain, then write a checkpoint: all that `load` needs to go on; done when it is whole.
 
         Args:
             path: the folder to make; all hosts must see it.
+            keep: remove all but so many checkpoints from the folder it is in; None: none.
 
         Raises:
             OSError: it cannot be written (under torchrun it ends the job).
         """
         self._require_built("save()")
-        self._plan = None
-        self._save_now(Path(path))
+        self._save_now(Path(path), keep)
 
     def load(self, path: str | Path) -> Position:
         """Go on from a checkpoint: the next `train` does what the one that was saved would have.
@@ -654,7 +656,6 @@ class Pipeline:
                 f"checkpoints with every={plan.every} and {self.replicas} replicas: they are at "
                 "different places in the middle of a pass; leave every out, for one at its end"
             )
-        self._plan = plan
 
     def _mark(self, plan: Checkpoints | None) -> Kind | None:
         """What is to come before the next mini-batch; asked on a first stage."""
@@ -668,7 +669,8 @@ class Pipeline:
         self._course.pause()
         if stops:
             return Kind.END
-        self._aim(plan.path(self.position))
+        self._aim(plan.path(self.position), plan.keep)
+        self._saved_at = total
         return Kind.SAVE
 
     @contextmanager
@@ -697,15 +699,13 @@ class Pipeline:
         self.close()
         raise SystemExit(0)
 
-    def _aim(self, path: Path) -> None:
-        self._target, self._saved_at = path, self.position.total
+    def _aim(self, path: Path, keep: int | None) -> None:
+        """Where the next checkpoint goes: on ranks after the first, which folder it goes into."""
+        self._target, self._keep = path, keep
 
-    def _save_now(self, path: Path | None = None) -> None:
-        plan = self._plan
-        if path is None:
-            assert plan is not None
-            path = plan.path(self.position)
-        self._aim(path)
+    def _save_now(self, path: Path, keep: int | None) -> None:
+        self._aim(path, keep)
+        self._saved_at = self.position.total
         self._run(Call.SAVE)
         self._await_saver()
 
@@ -724,17 +724,15 @@ class Pipeline:
             self._start_saver(parts)
 
     def _start_saver(self, parts: list[Part]) -> None:
-        plan = self._plan
-        # Where it goes is the first rank's to say; the others know the folder it is in.
-        final = Path(plan.folder) / "step" if plan and self.rank else self._target
-        head = self._head(final) if self.rank == 0 else None
-        self._saver.start(final, parts, head, plan.keep if plan else None)
+        head = self._head(self._target) if self.rank == 0 else None
+        self._saver.start(self._target, parts, head, self._keep)
 
     def _head(self, final: Path) -> Checkpoint:
         assert self.partition is not None
         layers = [[layer.name for layer in stage] for stage in self.partition.stages]
         depths = [*self.depths]
-        return Checkpoint(final, self.position, layers, self.replicas, depths, dict(self.notes))
+        kinds, notes = self._blueprint.kinds, dict(self.notes)
+        return Checkpoint(final, self.position, layers, self.replicas, depths, kinds, notes)
 
     def _await_saver(self) -> None:
         while self._saver.is_busy:
@@ -758,7 +756,8 @@ class Pipeline:
         found, self._pending = self._pending, None
         assert found is not None and self.partition is not None
         cut = [[layer.name for layer in stage] for stage in self.partition.stages]
-        same = cut == found.layers
+        kinds = self._blueprint.kinds
+        same = cut == found.layers and kinds == found.kinds
         parts = found.replicas if found.replicas == self.replicas else 1
         replica = self.replica if parts == self.replicas else 0
         states = {
@@ -787,7 +786,7 @@ class Pipeline:
         if not same:
             self._tune_at = states[0]["trained"] + TUNE_AT if self._tunes else None
             if self.rank == 0:
-                print(_carried(found, self.stages), flush=True)
+                print(_carried(found, self.stages, kinds), flush=True)
 
     # Running -----------------------------------------------------------------------------------
 
@@ -866,11 +865,15 @@ def _some(names: list[str]) -> str:
     return ", ".join(names) if len(names) <= 6 else f"{names[0]} to {names[-1]} ({len(names)})"
 
 
-def _carried(found: Checkpoint, stages: int) -> str:
+def _carried(found: Checkpoint, stages: int, kinds: dict[str, Any]) -> str:
+    before, now = f"{found.stages} stages", f"{stages} now"
+    if found.stages == stages:
+        other = next((key for key in kinds if kinds[key] != found.kinds.get(key)), "cut")
+        before, now = f"another {other}", "of this pipeline"
     return (
-        f"headrace: {found.folder} has {found.stages} stages, and there are {stages} now: weights, "
-        "optimizers, learning rates and the place in the data carry over; the state of rules, "
-        "corrections and stages' random numbers begins anew"
+        f"headrace: {found.folder} is of {before}, and there are {now}: weights, optimizers, "
+        "learning rates and the place in the data carry over; the state of rules, corrections and "
+        "stages' random numbers begins anew"
     )
 
 

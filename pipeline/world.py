@@ -8,8 +8,14 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed import Store, distributed_c10d  # type: ignore[attr-defined]
+from torch.distributed import (  # type: ignore[attr-defined]
+    PrefixStore,
+    Store,
+    distributed_c10d,
+    rendezvous,
+)
 
+from .attempt import attempt
 from .errors import InputError, first_line
 
 __all__ = ["World", "choose_device", "meet"]
@@ -39,7 +45,9 @@ def meet() -> World | None:
             # It stays until this process exits: made a second time in one job, it would find
             # the first one's keys in the store. Left to the end of the process, its threads now
             # and then abort that (1 in 100 processes).
-            dist.init_process_group("gloo")
+            store, rank, size = next(iter(rendezvous("env://")))
+            own = PrefixStore(f"headrace/start {attempt()}", store)
+            dist.init_process_group("gloo", store=own, rank=rank, world_size=size)
             atexit.register(_part)
             _wait_until_all_have_met()
         except dist.DistNetworkError as error:

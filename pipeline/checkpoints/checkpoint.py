@@ -38,6 +38,7 @@ class Checkpoint:
     Args:
         layers: the names of each stage's layers.
         depths: micro-batches in flight behind a forward of each stage.
+        kinds: the rule of each stage, the corrections, the way of sharing weights.
         notes: the user's own (`Pipeline.notes`).
         files: by name in the folder.
     """
@@ -47,6 +48,7 @@ class Checkpoint:
     layers: list[list[str]]
     replicas: int
     depths: list[int]
+    kinds: dict[str, Any] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
     files: dict[str, Entry] = field(default_factory=dict)
 
@@ -87,8 +89,9 @@ class Checkpoint:
             layers = [[str(name) for name in stage] for stage in manifest["layers"]]
             files = {str(name): _entry(each) for name, each in manifest["files"].items()}
             depths = [int(depth) for depth in manifest["depths"]]
-            notes = dict(manifest["notes"])
-            return cls(folder, position, layers, int(manifest["replicas"]), depths, notes, files)
+            kinds, notes = dict(manifest["kinds"]), dict(manifest["notes"])
+            replicas = int(manifest["replicas"])
+            return cls(folder, position, layers, replicas, depths, kinds, notes, files)
         except CheckpointError:
             raise
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -99,6 +102,7 @@ class Checkpoint:
     def manifest(self) -> dict[str, Any]:
         """What `open` reads."""
         own = {"position": asdict(self.position), "layers": self.layers, "depths": self.depths}
+        own |= {"kinds": self.kinds}
         rest = {"replicas": self.replicas, "notes": self.notes, "files": self.files}
         return {"format": FORMAT, **own, **rest}
 

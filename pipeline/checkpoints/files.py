@@ -1,4 +1,4 @@
-"""Files that are on the disk before they are said to be, and sums that tell whether they still are."""
+"""Files that are on the disk before they are said to be, and what tells if they still are."""
 
 import hashlib
 import json

@@ -104,7 +104,7 @@ class Saver:
     def _guarded(self, key: str, final: Path, *rest: Any) -> None:
         try:
             self._make(key, final, *rest)
-        except (_Ended, dist.DistError):
+        except (_JobEndedError, dist.DistError):
             return  # the job ends, and says why
         except OSError as error:
             text = f"the checkpoint {final} could not be written: {error.strerror or error}"
@@ -153,12 +153,12 @@ class Saver:
             return self._told[key]
         while (text := self._watch.peek(key)) is None:
             if self._watch.failure is not None:
-                raise _Ended
+                raise _JobEndedError
             time.sleep(0.01)
         return text
 
 
-class _Ended(Exception):
+class _JobEndedError(Exception):
     """The job has failed meanwhile."""
 
 

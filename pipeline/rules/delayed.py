@@ -150,6 +150,10 @@ class Delayed(Rule):
             )
 
     @property
+    def kind(self) -> str:
+        return type(self.policy).__name__
+
+    @property
     def copies(self) -> int:
         return self.policy.copies
 

@@ -55,6 +55,11 @@ class Rule(Stateful):
         """
 
     @property
+    def kind(self) -> str:
+        """What it is, in a word: rules of one kind have the same state."""
+        return type(self).__name__
+
+    @property
     def copies(self) -> int:
         """Copies of the weights that it keeps."""
         return 0

@@ -1,0 +1,106 @@
+"""Where a run begins: anew, or from a checkpoint of its own, of a run's that was stopped, or given.
+
+What torchrun restarts finds the run's folder in the store, where the first start has left it.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from headrace.pipeline.checkpoints import Checkpoint, Checkpoints, find_latest
+
+from .config import Config
+from .ranks import hear, rank, recall, remember, tell
+from .run_files import new_folder
+
+__all__ = ["Beginning", "find_beginning", "plan_checkpoints", "run_folder"]
+
+RUNS = Path("runs")
+PLACE = "checkpoints"
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """Of a run.
+
+    Args:
+        folder: runs/NAME of an earlier start, to go on in; None: a new one.
+        checkpoint: to go on from; None: from the first weights.
+    """
+
+    folder: Path | None = None
+    checkpoint: Path | None = None
+
+
+def find_beginning(config: Config) -> Beginning:
+    """The first rank looks; the others hear what it has found.
+
+    Raises:
+        ValueError: there is no checkpoint where one was asked for, or none is whole.
+    """
+    if rank():
+        checkpoint = hear("checkpoint")
+        return Beginning(None, Path(checkpoint) if checkpoint else None)
+    found = _look(config)
+    tell("checkpoint", str(found.checkpoint or ""))
+    return found
+
+
+def _look(config: Config) -> Beginning:
+    known = recall("folder")
+    if known is not None:
+        return Beginning(Path(known), _newest(Path(known)))
+    resume = config.checkpoint.resume
+    if resume is None:
+        return Beginning()
+    if resume != "auto":
+        return Beginning(None, Checkpoint.open(resume).folder)
+    started = [path for path in RUNS.glob(f"{config.name}*") if _is_of(path.name, config.name)]
+    newest = max(started, key=_number, default=None)
+    if newest is None or (newest / "summary.json").exists():  # none, or it came to its end
+        return Beginning()
+    return Beginning(newest, _newest(newest))
+
+
+def _newest(folder: Path) -> Path | None:
+    """The newest checkpoint of a run that is whole; it says what is wrong with newer ones."""
+    found, faults = find_latest(folder / PLACE)
+    for fault in faults:
+        print(f"headrace: {fault}", flush=True)
+    if found is None and faults:
+        raise ValueError(
+            f"no checkpoint in {folder / PLACE} is whole: give checkpoint.resume another one, or "
+            "remove them to begin anew"
+        )
+    return found.folder if found else None
+
+
+def _is_of(folder: str, name: str) -> bool:
+    rest = folder.removeprefix(name)
+    return not rest or (rest.startswith("-") and rest[1:].isdigit())
+
+
+def _number(folder: Path) -> int:
+    _, _, number = folder.name.rpartition("-")
+    return int(number) if number.isdigit() else 1
+
+
+def plan_checkpoints(config: Config, folder: Path | None) -> Checkpoints | None:
+    """Where and when this run saves, the same on every rank.
+
+    Args:
+        folder: the run's, on the first rank; None on the others, which hear of it.
+    """
+    if config.checkpoint.every is None:
+        return None
+    if folder is not None:
+        remember("folder", str(folder))
+        tell("folder", str(folder))
+    else:
+        folder = Path(hear("folder"))
+    every = config.checkpoint.every
+    return Checkpoints(folder / PLACE, None if every == "epoch" else every, config.checkpoint.keep)
+
+
+def run_folder(config: Config, beginning: Beginning) -> Path:
+    """The folder of a run, made now if it is new."""
+    return beginning.folder or new_folder(RUNS, config.name)

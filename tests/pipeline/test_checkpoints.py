@@ -1,0 +1,333 @@
+"""Files of checkpoints: what is in them, who can read them, and what is said of damaged ones."""
+
+import json
+import os
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from headrace.pipeline import Pipeline
+from headrace.pipeline.checkpoints import (
+    Checkpoint,
+    CheckpointError,
+    Checkpoints,
+    find_latest,
+    load_weights,
+    save_weights,
+)
+from headrace.pipeline.corrections import SpikeCompensation
+
+from .helpers import adamw, assert_close, assert_same, batches_of, momentum, tanh_net
+
+SIZES = {1: [16], 2: [9, 7], 3: [5, 6, 5], 4: [4, 4, 4, 4]}
+BATCHES = batches_of(70, 10)
+
+
+def pipeline(stages: int = 3, seed: int = 0, optimizer: Any = momentum, **options: Any) -> Pipeline:
+    net = tanh_net(seed)
+    return Pipeline(net, nn.MSELoss(), optimizer, stages=stages, balance=SIZES[stages], **options)
+
+
+def saved(folder: Path, stages: int = 3, **options: Any) -> dict[str, Tensor]:
+    """A checkpoint there, and the weights that are in it."""
+    pipe = pipeline(stages, **options)
+    pipe.train(BATCHES)
+    pipe.save(folder)
+    return pipe.state_dict()
+
+
+def test_what_is_in_it(tmp_path: Path) -> None:
+    weights = saved(tmp_path / "one")
+    names = {str(file.relative_to(tmp_path / "one")) for file in (tmp_path / "one").rglob("*.*")}
+    assert names == {"checkpoint.json"} | {
+        f"{kind}/stage-{j}.{end}"
+        for j in range(3)
+        for kind, end in (("weights", "safetensors"), ("state", "safetensors"), ("state", "json"))
+    }
+    found = Checkpoint.open(tmp_path / "one")
+    assert (found.position.epochs, found.position.samples, found.position.total) == (1, 70, 7)
+    assert [len(stage) for stage in found.layers] == SIZES[3]
+    assert found.depths == [2, 1, 0]
+    assert_same(found.weights(), weights)
+    state = found.state("stage-0")
+    (sgd,) = state["optimizers"]
+    assert sgd["kind"] == "SGD" and set(sgd["state"]) == {
+        n for n in weights if int(n.split(".")[0]) < 5
+    }
+
+
+def test_a_plain_model_reads_it_in_two_lines(tmp_path: Path) -> None:
+    weights = saved(tmp_path / "one")
+    model = tanh_net(5)
+    model.load_state_dict(load_weights(tmp_path / "one"))
+    assert_same(model.state_dict(), weights)
+    plain: dict[str, Tensor] = {}  # without any of ours
+    for file in (tmp_path / "one/weights").iterdir():
+        plain |= load_file(file)
+    assert_same(plain, weights)
+
+
+def test_torch_distributed_checkpoint_reads_it(tmp_path: Path) -> None:
+    weights = saved(tmp_path / "one")
+    into = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    reader = dcp.HuggingFaceStorageReader(str(tmp_path / "one/weights"))
+    dcp.load(into, storage_reader=reader, no_dist=True)
+    assert_same(into, weights)
+
+
+def test_a_plain_models_weights_start_a_pipeline(tmp_path: Path) -> None:
+    model = tanh_net(5)
+    save_weights(model.state_dict(), tmp_path / "plain.safetensors")
+    assert_same(load_file(tmp_path / "plain.safetensors"), model.state_dict())
+    pipe = pipeline(2)
+    pipe.load(tmp_path / "plain.safetensors")
+    assert_same(pipe.state_dict(), model.state_dict())
+    assert pipe.position.epochs == 0
+
+
+def test_tied_weights_are_written_each(tmp_path: Path) -> None:
+    def net() -> nn.Sequential:
+        torch.manual_seed(0)
+        first, last = nn.Linear(4, 4), nn.Linear(4, 4)
+        last.weight = first.weight
+        return nn.Sequential(first, nn.Tanh(), last, nn.Linear(4, 1))
+
+    data = [(torch.randn(3, 4), torch.randn(3, 1))]
+    pipe = Pipeline(net(), nn.MSELoss(), momentum, stages=2, balance=[3, 1])
+    pipe.train(data)
+    pipe.save(tmp_path / "one")
+    again = Pipeline(net(), nn.MSELoss(), momentum, stages=2, balance=[3, 1])
+    again.load(tmp_path / "one")
+    pipe.train(data)
+    again.train(data)
+    assert_same(again.state_dict(), pipe.state_dict())
+    save_weights(pipe.state_dict(), tmp_path / "file.safetensors")
+
+
+# Other cuts ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stages", (1, 2, 4))
+@pytest.mark.parametrize("optimizer", (momentum, adamw))
+def test_other_numbers_of_stages(
+    tmp_path: Path, stages: int, optimizer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Under a flush the cut changes no number, so the run goes on as if nothing had happened."""
+    options: dict[str, Any] = {
+        "schedule": "1f1b",
+        "micro_batches": 2,
+        "update_every": 3,  # a third of an update is in the checkpoint
+        "optimizer": optimizer,
+        "scheduler": partial(torch.optim.lr_scheduler.StepLR, step_size=2, gamma=0.5),
+    }
+    whole = pipeline(3, **options)
+    whole.train(BATCHES)
+    whole.save(tmp_path / "one")
+    again = pipeline(stages, seed=9, **options)
+    assert again.load(tmp_path / "one").epochs == 1
+    assert f"is of 3 stages, and there are {stages} now" in capsys.readouterr().out
+    assert_same(again.state_dict(), whole.state_dict())
+    again.save(tmp_path / "two")
+    assert _optimizers(tmp_path / "two") == _optimizers(tmp_path / "one")
+    for pipe in (whole, again):
+        pipe.train(BATCHES)
+    assert_close(again.state_dict(), whole.state_dict(), 1e-12)
+
+
+def _optimizers(folder: Path) -> dict[str, Any]:
+    """The optimizers' state by name, over all stages."""
+    found = Checkpoint.open(folder)
+    stages = [found.state(f"stage-{j}")["optimizers"] for j in range(found.stages)]
+    state = {n: each for stage in stages for one in stage for n, each in one["state"].items()}
+    return {n: {k: torch.as_tensor(v).tolist() for k, v in s.items()} for n, s in state.items()}
+
+
+def test_the_cut_of_a_checkpoint_is_kept(tmp_path: Path) -> None:
+    saved(tmp_path / "one")
+    pipe = Pipeline(tanh_net(), nn.MSELoss(), momentum, stages=3)  # balance='time'
+    pipe.load(tmp_path / "one")
+    assert pipe.partition is not None and [*pipe.partition.sizes] == SIZES[3]
+
+
+def test_a_cut_that_is_yet_to_be_measured(tmp_path: Path) -> None:
+    weights = saved(tmp_path / "one")
+    pipe = Pipeline(tanh_net(3), nn.MSELoss(), momentum, stages=2)
+    assert pipe.load(tmp_path / "one").epochs == 1
+    pipe.prepare(BATCHES)
+    assert_same(pipe.state_dict(), weights)
+    assert pipe.position.epochs == 1
+
+
+# What is refused -----------------------------------------------------------------------------
+
+
+def test_another_model(tmp_path: Path) -> None:
+    saved(tmp_path / "one")
+    other = Pipeline(tanh_net()[:8], nn.MSELoss(), momentum, stages=1)
+    with pytest.raises(
+        CheckpointError, match=r"the layers 0 to 15 \(16\), and this one has 0 to 7"
+    ):
+        other.load(tmp_path / "one")
+
+
+def test_another_optimizer(tmp_path: Path) -> None:
+    saved(tmp_path / "one")
+    with pytest.raises(ValueError, match=r"has no AdamW of '0\.weight', but SGD of others"):
+        pipeline(3, optimizer=adamw).load(tmp_path / "one")
+
+
+def test_other_corrections_begin_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = saved(tmp_path / "one")
+    pipe = pipeline(3, corrections=[SpikeCompensation()])
+    pipe.load(tmp_path / "one")
+    assert "is of another corrections, and there are of this" in capsys.readouterr().out
+    assert_same(pipe.state_dict(), weights)
+    assert _optimizers(tmp_path / "one")
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    pipe = pipeline(2)
+    with pytest.raises(CheckpointError, match=r"there is no .*/none: write a checkpoint's folder"):
+        pipe.load(tmp_path / "none")
+    (tmp_path / "notes.txt").write_text("")
+    with pytest.raises(CheckpointError, match=r"no checkpoint is in .* \(there is notes.txt\)"):
+        pipe.load(tmp_path)
+
+
+def test_a_state_that_is_no_data(tmp_path: Path) -> None:
+    class Odd(torch.optim.SGD):
+        def state_dict(self) -> dict[str, Any]:
+            state = super().state_dict()
+            state["param_groups"][0]["why"] = object()
+            return state
+
+    pipe = Pipeline(tanh_net(), nn.MSELoss(), lambda p: Odd(p, lr=0.1), stages=1)
+    pipe.train(BATCHES[:1])
+    with pytest.raises(
+        TypeError, match="optimizers/0/groups/0/why is a object, which a checkpoint"
+    ):
+        pipe.save(tmp_path / "one")
+
+
+def test_a_folder_that_is_something_else(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.tex").write_text("")
+    pipe = pipeline(2)
+    with pytest.raises(OSError, match="could not be written"):
+        pipe.save(tmp_path / "mine")
+    assert (tmp_path / "mine/thesis.tex").exists()
+
+
+# Damage --------------------------------------------------------------------------------------
+
+
+def cut_short(file: Path) -> None:
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def flip_a_bit(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def remove(file: Path) -> None:
+    file.unlink()
+
+
+FILES = ("weights/stage-1.safetensors", "state/stage-0.safetensors", "state/stage-2.json")
+
+
+@pytest.mark.parametrize("damage", (cut_short, flip_a_bit, remove))
+def test_damage_is_found_and_the_one_before_taken(tmp_path: Path, damage: Any) -> None:
+    pipe = pipeline(3)
+    for _ in range(2):
+        pipe.train(BATCHES, checkpoints=Checkpoints(tmp_path / "all"))
+    older, newer = sorted((tmp_path / "all").iterdir())
+    for name in FILES:
+        shutil.copytree(newer, tmp_path / "kept")
+        damage(newer / name)
+        found, faults = find_latest(tmp_path / "all")
+        assert found is not None and found.folder == older
+        assert len(faults) == 1 and str(newer / name) in faults[0]
+        assert pipeline(3).load(tmp_path / "all/latest").epochs == 1
+        with pytest.raises(CheckpointError, match=f"{name}.*the checkpoint is damaged; go on from"):
+            pipeline(3).load(newer)
+        shutil.rmtree(newer)
+        os.rename(tmp_path / "kept", newer)
+    assert pipeline(3).load(tmp_path / "all").epochs == 2
+
+
+def test_a_manifest_that_is_none(tmp_path: Path) -> None:
+    saved(tmp_path / "one")
+    manifest = tmp_path / "one/checkpoint.json"
+    whole = json.loads(manifest.read_text())
+    for text in ("", "[]", "{}", '{"format": 1}', "\x00", "[" * 100_000, "null"):
+        manifest.write_text(text)
+        with pytest.raises(CheckpointError):
+            Checkpoint.open(tmp_path / "one")
+    manifest.write_text(json.dumps({**whole, "format": 2}))
+    with pytest.raises(CheckpointError, match="is of format 2, and this reads 1"):
+        Checkpoint.open(tmp_path / "one")
+
+
+# Writing -------------------------------------------------------------------------------------
+
+
+def test_the_newest_are_kept(tmp_path: Path) -> None:
+    pipe = pipeline(2)
+    for _ in range(4):
+        pipe.train(BATCHES, checkpoints=Checkpoints(tmp_path, every=2, keep=3))
+    pipe.drain()
+    pipe.close()
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"step-{n:08d}" for n in (22, 24, 26)], (
+        "and nothing that is not whole"
+    )
+
+
+def test_a_crash_at_any_file_leaves_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every system call that makes something last is made to fail in turn."""
+    from headrace.pipeline.checkpoints import files, saver
+
+    pipe = pipeline(2)
+    pipe.train(BATCHES, checkpoints=Checkpoints(tmp_path / "all"))
+    before = pipe.state_dict()
+    for call in range(40):
+        left = [call]
+
+        def fail(real: Any, left: list[int], *arguments: Any) -> Any:
+            left[0] -= 1
+            if left[0] < 0:
+                raise OSError(28, "No space left on device")
+            return real(*arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(files.os, "fsync", partial(fail, os.fsync, left))
+            patch.setattr(saver.os, "rename", partial(fail, os.rename, left))
+            pipe = pipeline(2)
+            pipe.load(tmp_path / "all")
+            try:
+                pipe.train(BATCHES, checkpoints=Checkpoints(tmp_path / "all", keep=1))
+            except OSError as error:
+                assert "No space left on device; those before it are whole" in str(error)
+                there = {p.name for p in (tmp_path / "all").iterdir()}
+                found, faults = find_latest(tmp_path / "all")
+                assert found is not None and not faults
+                if there == {"step-00000007"}:
+                    assert_same(found.weights(), before)
+                else:  # it failed when all was there; the next one begins from here
+                    assert there == {"step-00000007", "step-00000014"} and call > 10
+                    shutil.rmtree(tmp_path / "all/step-00000014")
+                continue
+        break
+    assert call > 10, "so many calls were made to fail"
+    assert [p.name for p in (tmp_path / "all").iterdir()] == ["step-00000014"]
