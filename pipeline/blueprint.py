@@ -64,6 +64,11 @@ class Blueprint:
         rules = [rule.kind for rule in self.rules]
         return {"rules": rules, "corrections": corrections, "replicas": replicas}
 
+    @property
+    def serves(self) -> bool:
+        """Whether servers of this job have a state of their own."""
+        return self.replicas is not None and self.replicas.has_servers
+
     # The cut -----------------------------------------------------------------------------------
 
     def cut(self, balance: Balance) -> Partition:

@@ -86,9 +86,15 @@ class Course:
         states = {"began": self._began, "here": self._here, "now": now}
         return {"position": _plain(self.position), **states}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Be there with the next call of `train`."""
-        self.position = Position(**state["position"])
+    def load_state_dict(self, state: Mapping[str, Any], share: float = 1) -> None:
+        """Be there with the next call of `train`.
+
+        Args:
+            share: of the data that is this replica's now, so many times as much was its before: as
+                replicas take turns, 2 where there were two and is one.
+        """
+        position = Position(**state["position"])
+        self.position = replace(position, mini_batches=round(position.mini_batches * share))
         self._resumes = state
         self._began = None
 

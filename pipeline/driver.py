@@ -8,7 +8,7 @@ from .engine import Call, Done, Engine
 from .feed import Source
 from .layers import layer_at_fault
 from .message import Message
-from .replicas.server import Server
+from .replicas.server import Server, Serves
 from .report import Report, ShardStatistics
 from .watch import Pulse, Watch
 
@@ -113,6 +113,8 @@ class Serving:
     def __init__(self, server: Server, watch: Watch) -> None:
         self._server, self._watch = server, watch
         self._calls = self._settlings = 0
+        self.attend: Callable[[Call, Serves], None] = lambda call, shard: None
+        """Called for SAVE and RESTORE while all are at rest; none goes on before it says so."""
 
     @property
     def doing(self) -> str:
@@ -126,9 +128,11 @@ class Serving:
     def run(self, call: Call, messages: Iterator[Message]) -> Any:
         self._calls += 1
         if call is not Call.TRAIN:
-            self._settlings += 2 if call is Call.LOAD else 1
-            while self._server.settlings < self._settlings:
-                self._watch.idle()
+            self._settle()
+        if call in (Call.SAVE, Call.RESTORE):
+            self.attend(call, self._server.shard)
+        if call in (Call.LOAD, Call.RESTORE):
+            self._settle()
         if call is Call.CLOSE:
             while self._server.connected:
                 self._watch.idle(patient=False)
@@ -139,3 +143,9 @@ class Serving:
             _, read = TOLD[call]
             return read(json.loads(self._watch.learn(f"result/{self._calls}")))
         return [] if call is Call.STATISTICS else None
+
+    def _settle(self) -> None:
+        """Wait until all replicas are at rest."""
+        self._settlings += 1
+        while self._server.settlings < self._settlings:
+            self._watch.idle()

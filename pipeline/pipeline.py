@@ -52,6 +52,7 @@ from .message import Kind, Message
 from .nest import Nest
 from .partition import Balance, Partition, check_model
 from .replicas import Allreduce, Replicas
+from .replicas.server import Serves
 from .report import Progress, Report, ShardStatistics, StageStatistics
 from .rules import Delayed, Exact, Rule
 from .schedule import SCHEDULES
@@ -167,7 +168,7 @@ class Pipeline:
         self.partition: Partition | None = None
         self._closed = False
         self._ended_by = ""
-        self._calls = 0
+        self._calls = self._loads = 0
         self._warned = False
         self.notes: dict[str, Any] = {}
         """What the user wants to find again in a checkpoint: JSON's types; the first rank's."""
@@ -635,6 +636,9 @@ class Pipeline:
         self._names = set(self._model.state_dict())
         if self.is_server:
             self._driver = self._blueprint.serve(cut)
+            self._driver.attend = self._save_server
+            if self._pending is not None:
+                self._take_up()
             return
         self._engines = self._blueprint.build(cut, self._links, self._source)
         for engine in self._engines:
@@ -651,9 +655,9 @@ class Pipeline:
     # Checkpoints -------------------------------------------------------------------------------
 
     def _check_plan(self, plan: Checkpoints | None) -> None:
-        if plan is not None and plan.every is not None and self.replicas > 1:
+        if plan is not None and plan.every is not None and self._blueprint.replicas is not None:
             raise ValueError(
-                f"checkpoints with every={plan.every} and {self.replicas} replicas: they are at "
+                f"checkpoints with every={plan.every} and replicas: they are at "
                 "different places in the middle of a pass; leave every out, for one at its end"
             )
 
@@ -719,9 +723,32 @@ class Pipeline:
         who = label(self.replica, self.replicas, engine.stage.index)
         weights = engine.stage.state_dict() if self.replica == 0 else None
         self._parts.append(Part.of(who, engine.stage.index, weights, state))
-        if len(self._parts) == len(self._engines):
+        if (shard := engine.stage.peers.shard) is not None:
+            self._parts.append(self._part_of_server(shard))
+            self._tell_replicas()
+        self._await_server(engine.stage.index)
+        if engine is self._engines[-1]:
             parts, self._parts = self._parts, []
             self._start_saver(parts)
+
+    def _save_server(self, call: Call, shard: Serves) -> None:
+        """In a process that has no stage."""
+        part = self._part_of_server(shard)
+        self._tell_replicas()
+        self._await_saver()
+        self._start_saver([part])
+
+    def _part_of_server(self, shard: Serves) -> Part:
+        return Part.of(f"server-{self._grid.stage}", self._grid.stage, None, shard.state_dict())
+
+    def _tell_replicas(self) -> None:
+        """The server of this stage has saved, or restored: nobody must push before."""
+        if self._watch is not None:
+            self._watch.share(f"served/{self._calls}/{self._grid.stage}", "")
+
+    def _await_server(self, stage: int) -> None:
+        if self._watch is not None and self._blueprint.serves:
+            self._watch.learn(f"served/{self._calls}/{stage}")
 
     def _start_saver(self, parts: list[Part]) -> None:
         head = self._head(self._target) if self.rank == 0 else None
@@ -741,10 +768,10 @@ class Pipeline:
 
     def _find_checkpoint(self, path: str | Path) -> Checkpoint:
         """The first rank says which one it is."""
-        self._calls += 1
         if self._watch is None:
             return Checkpoint.open(path)
-        key = f"load/{self._calls}"
+        self._loads += 1
+        key = f"load/{self._loads}"
         if self.rank == 0:
             found = Checkpoint.open(path)
             self._watch.share(key, str(found.folder))
@@ -758,8 +785,7 @@ class Pipeline:
         cut = [[layer.name for layer in stage] for stage in self.partition.stages]
         kinds = self._blueprint.kinds
         same = cut == found.layers and kinds == found.kinds
-        parts = found.replicas if found.replicas == self.replicas else 1
-        replica = self.replica if parts == self.replicas else 0
+        replica = self.replica if found.replicas == self.replicas else 0
         states = {
             j: found.state(label(replica, found.replicas, j))
             for j in range(found.stages)
@@ -774,19 +800,31 @@ class Pipeline:
                 restore(engine, states[stage.index], found.depths)
             else:
                 recut(engine, [*states.values()])
+            if (shard := stage.peers.shard) is not None:
+                self._restore_server(shard, found, same)
+            self._await_server(stage.index)
 
         for engine in self._engines:
             engine.restoring = restoring
+        if isinstance(self._driver, Serving):
+            self._driver.attend = lambda call, shard: self._restore_server(shard, found, same)
         self._run(Call.RESTORE)
+        if isinstance(self._driver, Serving):
+            self._driver.attend = self._save_server
+        self._course.position = found.position
         if self.is_first:
-            self._course.load_state_dict(states[0]["course"])
-        else:
-            self._course.position = found.position
+            self._course.load_state_dict(states[0]["course"], found.replicas / self.replicas)
         self._saved_at = self.position.total
         if not same:
             self._tune_at = states[0]["trained"] + TUNE_AT if self._tunes else None
             if self.rank == 0:
                 print(_carried(found, self.stages, kinds), flush=True)
+
+    def _restore_server(self, shard: Serves, found: Checkpoint, same: bool) -> None:
+        who = f"server-{self._grid.stage}"
+        if same and found.has(who):
+            shard.load_state_dict(found.state(who))
+        self._tell_replicas()
 
     # Running -----------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from ..link import Link
 from ..message import Kind, Message
 from ..socket_channel import SocketInbox, SocketOutbox
 from .peers import Peers, Steps
-from .server import Server, beat_of, pack
+from .server import Server, Serves, beat_of, pack
 
 if TYPE_CHECKING:
     from ..engine import Engine
@@ -59,6 +59,11 @@ class Connection:
         self.inbox: Inbox = self._receiver
         self.outbox.send(Message(Kind.JOIN, numbers=(float(replica),)))
 
+    @property
+    def shard(self) -> Serves | None:
+        """What the server serves, where it lives here."""
+        return None if self._own is None else self._own.shard
+
     def close(self) -> None:
         """Say goodbye; where the server lives here, wait until all have done so."""
         self.outbox.send(Message(Kind.CLOSE))
@@ -83,6 +88,12 @@ class Client(Peers):
         self._updates = self._pushed = self._asked = 0
         self._began = False
         self.version = 0
+
+    state = ("_updates", "_pushed", "version")
+
+    @property
+    def shard(self) -> Serves | None:
+        return self._connection.shard
 
     # What the kinds of replicas do in their own way --------------------------------------------
 

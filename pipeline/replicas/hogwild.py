@@ -2,9 +2,11 @@
 
 import fcntl
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from ..channel import Soon
 from ..gradient import Gradient
@@ -65,6 +67,12 @@ class _Sharing(Peers):
     def __init__(self, shared: SharedWeights, replica: int, lock: bool) -> None:
         self._shared, self._counters, self._own = shared, shared.counters, ROW * replica
         self._locks, self._warned = lock, False
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"updates": self._counters[self._own + UPDATES]}
+
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+        self._counters[self._own + UPDATES] = state["updates"]
 
     def timestamp(self, stage: "Stage") -> int:
         return sum(self._counters[UPDATES::ROW])

@@ -10,6 +10,7 @@ from ..stateful import Stateful
 if TYPE_CHECKING:
     from ..engine import Engine
     from ..stage import Stage
+    from .server import Serves
 
 __all__ = ["Peers", "Steps"]
 
@@ -19,6 +20,11 @@ Steps = Generator[Inbox, None, Any]
 
 class Peers(Stateful):
     """Nobody: the stage is alone with its weights. The others override what they do otherwise."""
+
+    @property
+    def shard(self) -> "Serves | None":
+        """What is served in this process, where its server lives here."""
+        return None
 
     def timestamp(self, stage: "Stage") -> int:
         """The version of the weights that the stage holds, counted in everybody's updates."""

@@ -52,6 +52,11 @@ class Replicas:
         ValueError: a count below 1.
     """
 
+    @property
+    def has_servers(self) -> bool:
+        """Whether servers of this job have a state of their own."""
+        return False
+
     connects = False
     """Whether the same stage of all replicas is to be connected in a ring."""
 

@@ -68,6 +68,10 @@ class Served(Replicas):
         self._store: Rendezvous | None = None
         self._number = 0
 
+    @property
+    def has_servers(self) -> bool:
+        return self.address is None
+
     def ranks(self, stages: int) -> int:
         if self.address is not None:
             return stages

@@ -1,16 +1,24 @@
 """On ranks: what is saved there goes on there, bit for bit, in one process, and on other cuts."""
 
 import os
+import random
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
-from headrace.pipeline.checkpoints import Checkpoints, find_latest
+from headrace.pipeline import Pipeline
+from headrace.pipeline.checkpoints import Checkpoint, Checkpoints, find_latest, load_weights
+from headrace.pipeline.replicas import Allreduce, Downpour, Elastic, Hogwild, Replicas
+from headrace.pipeline.rules import Delayed
 
 from ..pipeline.helpers import assert_same
-from ..pipeline.resuming import Ending, go_on
+from ..pipeline.resuming import Ending, go_on, make_loader
 from .ranks import Launcher
-from .training import SIZES
+from .training import SIZES, network
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -46,3 +54,68 @@ def test_on_ranks_as_in_one_process(launcher: Launcher, tmp_path: Path) -> None:
         crossed = go_on(name, SIZES[2], Checkpoints(place / "cross", 4, keep=9), start, seed=8)
         assert_same(crossed.weights, alone.weights)
         assert find_latest(place / "again")[0] is not None
+
+
+# Replicas ------------------------------------------------------------------------------------
+
+
+def replicated(
+    kind: Replicas, plan: Checkpoints | None, start: str | None, epochs: int = 2
+) -> dict[str, Any]:
+    """Train with replicas to the end of so many epochs."""
+    torch.manual_seed(8 if start else 3)
+    random.seed(1)
+    loader = make_loader(8 if start else 3, 72)
+    with Pipeline(
+        network(),
+        nn.MSELoss(),
+        partial(torch.optim.SGD, lr=0.02, momentum=0.9),
+        rule=Delayed("current"),
+        balance=SIZES[2],
+        stages=2,
+        replicas=kind,
+        seed=29,
+    ) as pipe:
+        if start is not None:
+            pipe.load(start)
+        before = pipe.state_dict()
+        while pipe.position.epochs < epochs:
+            pipe.train(loader, checkpoints=plan)
+        shards = [shard.updates for shard in pipe.shard_statistics()]
+        return {"before": before, "after": pipe.state_dict(), "shards": shards}
+
+
+KINDS = {
+    "allreduce": (4, lambda: Allreduce(2)),
+    "hogwild": (4, lambda: Hogwild(2)),
+    "downpour": (6, lambda: Downpour(2)),
+    "downpour beside": (4, lambda: Downpour(2, beside=True)),
+    "elastic": (6, lambda: Elastic(2, every=2)),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_replicas_go_on(launcher: Launcher, tmp_path: Path, name: str) -> None:
+    ranks, make = KINDS[name]
+    plan = Checkpoints(tmp_path, keep=9)
+    whole = launcher.run(replicated, ranks, make(), plan, None)
+    whole.expect(*[0] * ranks)
+    first, second = sorted(tmp_path.glob("step-*"))
+    again = launcher.run(replicated, ranks, make(), None, str(first))
+    again.expect(*[0] * ranks)
+    one, two = whole.results[0], again.results[0]
+    assert_same(two["before"], load_weights(first))
+    assert_same(one["after"], load_weights(second))
+    if name == "allreduce":
+        assert_same(two["after"], one["after"])
+    assert two["shards"] == one["shards"], "servers count on from what they had"
+    if "downpour" in name:
+        assert one["shards"] == [16, 16], "8 mini-batches a replica, of both epochs"
+    assert Checkpoint.open(first).has("server-1") == (ranks == 6 or "beside" in name)
+
+
+def test_fewer_replicas_and_stages(launcher: Launcher, tmp_path: Path) -> None:
+    launcher.run(replicated, 4, Allreduce(2), Checkpoints(tmp_path), None, 1).expect(0, 0, 0, 0)
+    outcome = launcher.run(replicated, 2, Allreduce(1), None, str(tmp_path))
+    outcome.expect(0, 0)
+    assert_same(outcome.results[0]["before"], load_weights(tmp_path))
