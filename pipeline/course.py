@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from .checkpoints.position import Position
+from .errors import InputError
 from .nest import Nest
 
 __all__ = ["Course"]
@@ -42,8 +43,12 @@ class Course:
         """A loader's mini-batches from the place on that a checkpoint was made at."""
         resumes, self._resumes = self._resumes, None
         if resumes is not None and resumes["began"] is not None:
-            for _ in islice(batches, self.position.mini_batches):
-                pass
+            done = self.position.mini_batches
+            if (drawn := sum(1 for _ in islice(batches, done))) < done:
+                raise InputError(
+                    f"the checkpoint was made after {done} mini-batches of a pass over the loader, "
+                    f"and it gives {drawn}: give the one that was trained on"
+                )
             self._here = resumes["here"]
             _restore(self._here, self._generators)
             first = next(batches, None)

@@ -174,7 +174,7 @@ class Pipeline:
         """What the user wants to find again in a checkpoint: JSON's types; the first rank's."""
         self._course = Course()
         self._pending: Checkpoint | None = None
-        self._parts: list[Part] = []
+        self._parts: list[list[Part]] = []
         self._target, self._keep = Path(), cast(int | None, None)
         self._saved_at, self._stop_requested = -1, False
         self._saver = Saver(
@@ -316,11 +316,12 @@ class Pipeline:
             messages = feed(Call.TRAIN, batches, parts, start, tune_at, closes, course, mark)
         with self._stoppable(checkpoints):
             report: Report = self._run(Call.TRAIN, messages)
-        if not report.stopped:
+        stopped = report.stopped if checkpoints is None else self._is_stopped(report)
+        if not stopped:
             self._course.end()
-        if checkpoints is not None and (report.stopped or checkpoints.every is None):
+        if checkpoints is not None and (stopped or checkpoints.every is None):
             self._save_now(checkpoints.path(self.position), checkpoints.keep)
-        if report.stopped:
+        if stopped:
             self._leave()
         return report
 
@@ -619,12 +620,8 @@ class Pipeline:
             if trains:
                 batches = self._course.find(deal(batches, loader, self._grid))
             first = next(batches, None)
-            if first is None:
-                raise InputError(
-                    f"the checkpoint was made after {self.position.mini_batches} mini-batches of "
-                    "the loader, and it gives no more than these: give the loader that was trained "
-                    "on"
-                )
+            if first is None:  # a checkpoint was made at the very end of a pass
+                return iter(())
             if self.partition is None:
                 self._adopt(self._blueprint.cut_by_time(first if self.rank == 0 else None))
             return itertools.chain([first], batches)
@@ -696,6 +693,16 @@ class Pipeline:
         finally:
             signal.signal(signal.SIGTERM, before)
 
+    def _is_stopped(self, report: Report) -> bool:
+        """Whether any replica's call was ended early: then no pass is over, for none goes on."""
+        watch = self._watch
+        if self.replicas == 1 or watch is None:
+            return report.stopped
+        key = f"stopped/{self._calls}"
+        if self.is_first:
+            watch.share(f"{key}/{self.replica}", "yes" if report.stopped else "no")
+        return "yes" in [watch.learn(f"{key}/{r}") for r in range(self._grid.replicas)]
+
     def _leave(self) -> None:
         """After a SIGTERM, with all saved."""
         if self.rank == 0:
@@ -722,14 +729,15 @@ class Pipeline:
             state["course"] = self._course.state_dict()
         who = label(self.replica, self.replicas, engine.stage.index)
         weights = engine.stage.state_dict() if self.replica == 0 else None
-        self._parts.append(Part.of(who, engine.stage.index, weights, state))
+        own = [Part.of(who, engine.stage.index, weights, state)]
         if (shard := engine.stage.peers.shard) is not None:
-            self._parts.append(self._part_of_server(shard))
+            own.append(self._part_of_server(shard))
             self._tell_replicas()
         self._await_server(engine.stage.index)
-        if engine is self._engines[-1]:
-            parts, self._parts = self._parts, []
-            self._start_saver(parts)
+        self._parts.append(own)
+        if len(self._parts) == len(self._engines):
+            every, self._parts = self._parts, []
+            self._start_saver([part for parts in every for part in parts])
 
     def _save_server(self, call: Call, shard: Serves) -> None:
         """In a process that has no stage."""

@@ -80,14 +80,16 @@ def fault_of(file: Path, entry: Entry, thoroughly: bool = True) -> str:
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file.
+    """The tensors of a safetensors file, in memory of their own: the file may go, and where a
+    tensor begins in it would show in the last bits of what is computed with it.
 
     Raises:
         ValueError: it is none.
     """
     try:
         with safe_open(file, framework="pt") as opened:
-            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            names = list(opened.keys())
+            return {name: opened.get_tensor(name).clone() for name in names}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file} is not a safetensors file: {error}") from error
 

@@ -74,7 +74,10 @@ def _pack_tensor(tensor: Tensor, place: str, tensors: dict[str, Tensor]) -> Any:
         name += "'"
     copy = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
     tensors[name] = copy
-    return {"$tensor": name}
+    order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+    if tensor.is_contiguous() or not tensor.permute(order).is_contiguous():
+        return {"$tensor": name}
+    return {"$tensor": name, "order": order}
 
 
 def unpack(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
@@ -99,7 +102,11 @@ def unpack(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
 def _unpack_marked(mark: str, tree: dict[str, Any], tensors: Mapping[str, Tensor]) -> Any:
     value = tree[mark]
     if mark == "$tensor":
-        return tensors[value]
+        if (order := tree.get("order")) is None:
+            return tensors[value]
+        # As it lay in memory before: the last bits of what is computed with it depend on that.
+        laid = tensors[value].permute(order).contiguous()
+        return laid.permute([order.index(k) for k in range(len(order))])
     if mark == "$float":
         return float(value)
     if mark == "$dtype":

@@ -34,8 +34,7 @@ def refine(average: Tensor, basis: Tensor | None) -> Tensor:
     if basis is None:
         first: Tensor = torch.linalg.eigh(average).eigenvectors
         return first.flip(-1).contiguous()
-    # Contiguous, as it is once it has been read from a checkpoint: sums depend on the layout.
-    refined: Tensor = torch.linalg.qr(average @ basis).Q.contiguous()
+    refined: Tensor = torch.linalg.qr(average @ basis).Q
     return refined
 
 

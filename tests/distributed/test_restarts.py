@@ -1,0 +1,146 @@
+"""SIGTERM saves and leaves with 0; what torchrun starts again goes on by itself."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from headrace.launch import train
+from headrace.pipeline import Pipeline
+from headrace.pipeline.checkpoints import Checkpoint, Checkpoints
+from headrace.pipeline.replicas import Allreduce, Downpour, Replicas
+
+from ..pipeline.helpers import assert_same, batches_of, momentum, tanh_net
+from .ranks import Launcher, torchrun
+
+pytestmark = pytest.mark.timeout(180)
+
+SIZES = {1: [16], 2: [9, 7], 3: [5, 6, 5]}
+# Copies, as a DataLoader gives them: the last bits of MKL's products depend on where their operands
+# begin in memory, and views of one tensor begin anywhere.
+BATCHES = [(x.clone(), y.clone()) for x, y in batches_of(400, 5)]
+
+
+class Slowly:
+    """A loader that takes its time, and tells when it has given so many mini-batches."""
+
+    def __init__(self, flag_at: int) -> None:
+        self.flag_at = flag_at
+
+    def __iter__(self) -> Any:
+        for k, batch in enumerate(BATCHES):
+            if k == self.flag_at:
+                Path("under-way").touch()
+            time.sleep(0.02)
+            yield batch
+
+
+def stoppable(
+    stages: int, kind: Replicas | None, folder: str, start: str | None, slow: bool
+) -> dict[str, torch.Tensor]:
+    """Two passes, under a flush, where it matters to no number that the stream was stopped."""
+    flushes: dict[str, Any] = {"schedule": "1f1b"} if kind is None else {}
+    with Pipeline(
+        tanh_net(),
+        nn.MSELoss(),
+        momentum,
+        stages=stages,
+        balance=SIZES[stages],
+        replicas=kind,
+        **flushes,
+    ) as pipe:
+        if start is not None:
+            pipe.load(start)
+        loader = Slowly(20) if slow else BATCHES
+        while pipe.position.epochs < 2:
+            pipe.train(loader, checkpoints=Checkpoints(folder, keep=9))
+        return pipe.state_dict()
+
+
+@pytest.mark.parametrize("stages", (1, 3))
+def test_a_sigterm_saves(launcher: Launcher, tmp_path: Path, stages: int) -> None:
+    """All ranks get it, as torchrun hands it on."""
+    job = launcher.start(stoppable, stages, stages, None, str(tmp_path), None, True)
+    job.wait_for("under-way")
+    job.signal(signal.SIGTERM)
+    outcome = job.wait(30)
+    outcome.expect(*[0] * stages)
+    (saved,) = tmp_path.iterdir()
+    assert outcome.reports == [f"headrace: stopped by SIGTERM; {saved} goes on from here"]
+    assert 20 < Checkpoint.open(saved).position.mini_batches < 80
+    again = launcher.run(stoppable, stages, stages, None, str(tmp_path / "x"), str(saved), False)
+    whole = launcher.run(stoppable, stages, stages, None, str(tmp_path / "y"), None, False)
+    assert_same(again.results[0], whole.results[0])
+
+
+@pytest.mark.parametrize("kind", (Allreduce(2), Downpour(2)), ids=lambda kind: type(kind).__name__)
+def test_a_sigterm_to_one_rank_of_replicas(
+    launcher: Launcher, tmp_path: Path, kind: Replicas
+) -> None:
+    """One host is to be given back, say: all save, and all leave."""
+    ranks = 6 if isinstance(kind, Downpour) else 4
+    job = launcher.start(stoppable, ranks, 2, kind, str(tmp_path), None, True)
+    job.wait_for("under-way")
+    job.signal(signal.SIGTERM, [3])
+    job.wait(30).expect(*[0] * ranks)
+    again = launcher.run(stoppable, ranks, 2, kind, str(tmp_path), str(tmp_path), False)
+    again.expect(*[0] * ranks)
+    assert Checkpoint.open(tmp_path).position.epochs == 2
+
+
+def test_survivors_of_a_crash_do_not_save(launcher: Launcher, tmp_path: Path) -> None:
+    """torchrun sends them a SIGTERM, too."""
+    job = launcher.start(stoppable, 3, 3, None, str(tmp_path), None, True)
+    job.wait_for("under-way")
+    job.signal(signal.SIGKILL, [1])
+    job.signal(signal.SIGTERM, [0, 2])
+    job.wait(30).expect(1, -9, 1)
+    assert not list(tmp_path.glob("step-*"))
+
+
+def crash_once(folder: str) -> dict[str, torch.Tensor] | None:
+    """The training command; in the first start stage 1 is killed half-way."""
+    first = not Path("killed").exists()
+    if first and os.environ["RANK"] == "1":
+        real, count = torch.optim.SGD.step, [0]
+
+        def step(self: Any, closure: Any = None) -> Any:
+            count[0] += 1
+            if count[0] == 120:
+                Path("killed").touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(self, closure)
+
+        torch.optim.SGD.step = step  # type: ignore[method-assign]
+    train.main(["--config", "digits", "--epochs", "4", "--checkpoint.every", "30", *ARGUMENTS])
+    return None
+
+
+ARGUMENTS = ["--name", "it", "--pipeline.balance", "[6, 5]"]
+
+
+def test_torchrun_brings_a_killed_stage_back(tmp_path: Path) -> None:
+    options = ("--standalone", "--max-restarts", "2")
+    job = torchrun(tmp_path, crash_once, 2, "", options=options)
+    out, err = job.communicate(timeout=120)
+    assert job.returncode == 0, err
+    assert (tmp_path / "killed").exists()
+    assert "goes on in epoch" in out, out
+    assert [p.name for p in (tmp_path / "runs").iterdir()] == ["it"], "in the same folder"
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    (whole / "killed").touch()
+    assert torchrun(whole, crash_once, 2, "").wait(120) == 0
+    found = [torch.load(each / "runs/it/weights.pt") for each in (tmp_path, whole)]
+    assert_same(*found)
+    lines = [
+        (each / "runs/it/metrics.jsonl").read_text().splitlines() for each in (tmp_path, whole)
+    ]
+    steps = [[json.loads(line)["step"] for line in each] for each in lines]
+    assert steps[0] == sorted(steps[0]) and steps[0][-1] == steps[1][-1]
