@@ -13,12 +13,12 @@ from headrace.pipeline.rules import Delayed
 
 from ..pipeline.helpers import momentum
 
-__all__ = ["PAYLOAD", "Trip", "train", "train_among_files", "train_here"]
+__all__ = ["PAYLOAD", "Trip", "train", "train_among_files", "train_here", "train_twice"]
 
 WIDTH, SAMPLES, BATCHES, EPOCHS = 64, 256, 20, 2
 
 PAYLOAD = SAMPLES * WIDTH * 4 * BATCHES * EPOCHS
-"""Bytes of activations that pass each cut, and of gradients that come back."""
+"""Bytes of activations that pass each cut; of targets, and of gradients that come back, too."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,13 @@ def train(slack: int | Literal["auto"] = 1) -> Trip:
     return _train(int(os.environ["WORLD_SIZE"]), slack)
 
 
+def train_twice() -> list[Trip]:
+    """With a slack of one, then with what the links ask for."""
+    return [train(), train("auto")]
+
+
 def train_among_files() -> Trip:
-    """Do so; the last rank has a file open under every number that the first one's memory may have."""
+    """Do so; whatever number the first rank's memory has, the second has this file under it."""
     with open("clutter", "r+b") as file:
         many = 200 if os.environ["RANK"] == "1" else 0
         for _ in range(many):

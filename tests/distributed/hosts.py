@@ -16,7 +16,7 @@ from pathlib import Path
 
 from .ranks import ROOT
 
-__all__ = ["CABLE", "Host", "Unavailable", "connected", "ended"]
+__all__ = ["CABLE", "Host", "Network", "Unavailable", "connected", "far_apart"]
 
 CABLE = "cable"
 """The name of every host's interface."""
@@ -69,64 +69,114 @@ class Host:
 
 
 @dataclass(frozen=True)
-class Switch:
-    """What joins the hosts' cables: a bridge in a namespace of its own."""
+class Network:
+    """Hosts, and what joins their cables, which has a namespace of its own."""
 
     namespace: str
     names: Path
     hosts: list[Host] = field(default_factory=list)
 
-    def plug_in(self, name: str) -> Host:
-        """Another host, at the other end of a new cable."""
-        number = len(self.hosts) + 1
-        host = Host(name, f"{self.namespace}-{name}", f"10.123.0.{number}", self.names)
+    def add_host(self) -> Host:
+        """Another one, which has no cable yet."""
+        number = len(self.hosts)
+        name = f"host-{'abcdefgh'[number]}"
+        address = f"10.123.0.{number + 1}"
+        host = Host(name, f"{self.namespace}-{name}", address, self.names)
         _ip("netns", "add", host.namespace)
         self.hosts.append(host)
         with self.names.open("a") as file:
-            file.write(f"{host.address} {name}\n")
-        other = ["type", "veth", "peer", "name", CABLE, "netns", host.namespace]
-        _ip("-n", self.namespace, "link", "add", name, *other)
-        _ip("-n", self.namespace, "link", "set", name, "master", "switch", "up")
-        raise_interfaces(host)
+            file.write(f"{address} {name}\n")
         return host
 
+    def plug_in(self, host: Host) -> None:
+        """Lead a cable from a host to the switch."""
+        other = ["type", "veth", "peer", "name", CABLE, "netns", host.namespace]
+        _ip("-n", self.namespace, "link", "add", host.name, *other)
+        _ip("-n", self.namespace, "link", "set", host.name, "master", "switch", "up")
+        _raise_interfaces(host)
+
     def cut(self, host: Host) -> None:
-        """Nothing passes any more, and nobody is told."""
+        """Nothing passes its cable any more, and nobody is told."""
         _ip("-n", self.namespace, "link", "set", host.name, "down")
 
 
-def raise_interfaces(host: Host) -> None:
-    """Give a host its loopback, and its address on the cable."""
-    _ip("-n", host.namespace, "link", "set", "lo", "up")
-    _ip("-n", host.namespace, "address", "add", f"{host.address}/24", "dev", CABLE)
-    _ip("-n", host.namespace, "link", "set", CABLE, "up")
-
-
 @contextmanager
-def connected(count: int, folder: Path) -> Iterator[Switch]:
+def connected(count: int, folder: Path) -> Iterator[Network]:
     """So many hosts on one switch, until the end of the block; the folder is for their names.
 
     Raises:
         Unavailable: this system or this user cannot make them.
     """
+    with _network(count, folder) as network, _as_unavailable():
+        _ip("-n", network.namespace, "link", "add", "switch", "type", "bridge")
+        _ip("-n", network.namespace, "link", "set", "switch", "up")
+        for host in network.hosts:
+            network.plug_in(host)
+        yield network
+
+
+@contextmanager
+def far_apart(seconds: float, folder: Path) -> Iterator[Network]:
+    """Two hosts and one cable, on which everything takes so long one way.
+
+    Raises:
+        Unavailable: this system or this user cannot make them.
+    """
+    with _network(2, folder) as network, _as_unavailable():
+        cable = _lay_slow_cable(network, seconds)
+        try:
+            for host in network.hosts:
+                _ip("-n", network.namespace, "link", "set", host.name, "netns", host.namespace)
+                _ip("-n", host.namespace, "link", "set", host.name, "name", CABLE)
+                _raise_interfaces(host)
+            yield network
+        finally:
+            cable.kill()
+            cable.communicate()
+
+
+def _lay_slow_cable(network: Network, seconds: float) -> "subprocess.Popen[str]":
+    if not Path("/dev/net/tun").exists():
+        raise Unavailable("there is no /dev/net/tun, of which a slow cable is made")
+    program = str(Path(__file__).with_name("slow_cable.py"))
+    names = [host.name for host in network.hosts]
+    cable = subprocess.Popen(
+        ["ip", "netns", "exec", network.namespace, sys.executable, program, *names, str(seconds)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert cable.stdout is not None
+    if cable.stdout.readline() != "ready\n":
+        raise Unavailable(f"a slow cable: {cable.communicate()[1]}")
+    return cable
+
+
+@contextmanager
+def _network(count: int, folder: Path) -> Iterator[Network]:
+    """So many hosts without a cable; whatever comes of it, they are taken away."""
+    _check_system()
     names = folder / "hosts"
     names.write_text("127.0.0.1 localhost\n")
-    switch = Switch(f"headrace-{os.getpid()}", names)
+    network = Network(f"headrace-{os.getpid()}", names)
     try:
-        _check_system()
-        try:
-            _ip("netns", "add", switch.namespace)
-            _ip("-n", switch.namespace, "link", "add", "switch", "type", "bridge")
-            _ip("-n", switch.namespace, "link", "set", "switch", "up")
-            for letter in "abcdefgh"[:count]:
-                switch.plug_in(f"host-{letter}")
-        except subprocess.CalledProcessError as error:
-            raise Unavailable(f"{' '.join(error.cmd)}: {error.stderr.strip()}") from error
-        yield switch
+        with _as_unavailable():
+            _ip("netns", "add", network.namespace)
+            for _ in range(count):
+                network.add_host()
+        yield network
     finally:
-        for namespace in [host.namespace for host in switch.hosts] + [switch.namespace]:
+        for namespace in [host.namespace for host in network.hosts] + [network.namespace]:
             if Path("/run/netns", namespace).exists():
                 _ip("netns", "delete", namespace)
+
+
+def _raise_interfaces(host: Host) -> None:
+    """Give a host its loopback, and its address on the cable."""
+    _ip("-n", host.namespace, "link", "set", "lo", "up")
+    _ip("-n", host.namespace, "address", "add", f"{host.address}/24", "dev", CABLE)
+    _ip("-n", host.namespace, "link", "set", CABLE, "up")
 
 
 def _check_system() -> None:
@@ -137,6 +187,14 @@ def _check_system() -> None:
         raise Unavailable(f"not installed: {', '.join(missing)} (iproute2, util-linux)")
     if os.geteuid():
         raise Unavailable(f"only root makes them, and this is user {os.geteuid()}")
+
+
+@contextmanager
+def _as_unavailable() -> Iterator[None]:
+    try:
+        yield
+    except subprocess.CalledProcessError as error:
+        raise Unavailable(f"{' '.join(error.cmd)}: {error.stderr.strip()}") from error
 
 
 def _ip(*arguments: str) -> str:
