@@ -2,7 +2,9 @@
 
 import os
 import socket
+import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -12,8 +14,9 @@ from headrace.pipeline import Pipeline
 from headrace.pipeline.rules import Delayed
 
 from ..pipeline.helpers import momentum
+from .failing import Plan, misfortune
 
-__all__ = ["PAYLOAD", "Trip", "train", "train_among_files", "train_here", "train_twice"]
+__all__ = ["PAYLOAD", "Trip", "train_among_files", "train_and_wait", "train_here", "train_twice"]
 
 WIDTH, SAMPLES, BATCHES, EPOCHS = 64, 256, 20, 2
 
@@ -44,6 +47,16 @@ def train(slack: int | Literal["auto"] = 1) -> Trip:
 def train_twice() -> list[Trip]:
     """With a slack of one, then with what the links ask for."""
     return [train(), train("auto")]
+
+
+def train_and_wait(plan: Plan) -> None:
+    """Train, tell it; then, when the file `go` is there, run into a misfortune."""
+    rank = os.environ["RANK"]
+    torch.save(train(), f"result{rank}")
+    Path(f"trained{rank}").touch()
+    while not Path("go").exists():
+        time.sleep(0.01)
+    misfortune(plan, epochs=100_000)
 
 
 def train_among_files() -> Trip:

@@ -16,13 +16,13 @@ from pathlib import Path
 
 from .ranks import ROOT
 
-__all__ = ["CABLE", "Host", "Network", "Unavailable", "connected", "far_apart"]
+__all__ = ["CABLE", "Host", "Network", "UnavailableError", "connected", "far_apart"]
 
 CABLE = "cable"
 """The name of every host's interface."""
 
 
-class Unavailable(Exception):
+class UnavailableError(Exception):
     """Why there can be no such hosts here."""
 
 
@@ -105,7 +105,7 @@ def connected(count: int, folder: Path) -> Iterator[Network]:
     """So many hosts on one switch, until the end of the block; the folder is for their names.
 
     Raises:
-        Unavailable: this system or this user cannot make them.
+        UnavailableError: this system or this user cannot make them.
     """
     with _network(count, folder) as network, _as_unavailable():
         _ip("-n", network.namespace, "link", "add", "switch", "type", "bridge")
@@ -120,7 +120,7 @@ def far_apart(seconds: float, folder: Path) -> Iterator[Network]:
     """Two hosts and one cable, on which everything takes so long one way.
 
     Raises:
-        Unavailable: this system or this user cannot make them.
+        UnavailableError: this system or this user cannot make them.
     """
     with _network(2, folder) as network, _as_unavailable():
         cable = _lay_slow_cable(network, seconds)
@@ -137,7 +137,7 @@ def far_apart(seconds: float, folder: Path) -> Iterator[Network]:
 
 def _lay_slow_cable(network: Network, seconds: float) -> "subprocess.Popen[str]":
     if not Path("/dev/net/tun").exists():
-        raise Unavailable("there is no /dev/net/tun, of which a slow cable is made")
+        raise UnavailableError("there is no /dev/net/tun, of which a slow cable is made")
     program = str(Path(__file__).with_name("slow_cable.py"))
     names = [host.name for host in network.hosts]
     cable = subprocess.Popen(
@@ -149,7 +149,7 @@ def _lay_slow_cable(network: Network, seconds: float) -> "subprocess.Popen[str]"
     )
     assert cable.stdout is not None
     if cable.stdout.readline() != "ready\n":
-        raise Unavailable(f"a slow cable: {cable.communicate()[1]}")
+        raise UnavailableError(f"a slow cable: {cable.communicate()[1]}")
     return cable
 
 
@@ -181,12 +181,12 @@ def _raise_interfaces(host: Host) -> None:
 
 def _check_system() -> None:
     if sys.platform != "linux":
-        raise Unavailable(f"network namespaces are Linux's, and this is {sys.platform}")
+        raise UnavailableError(f"network namespaces are Linux's, and this is {sys.platform}")
     missing = [tool for tool in ("ip", "unshare") if shutil.which(tool) is None]
     if missing:
-        raise Unavailable(f"not installed: {', '.join(missing)} (iproute2, util-linux)")
+        raise UnavailableError(f"not installed: {', '.join(missing)} (iproute2, util-linux)")
     if os.geteuid():
-        raise Unavailable(f"only root makes them, and this is user {os.geteuid()}")
+        raise UnavailableError(f"only root makes them, and this is user {os.geteuid()}")
 
 
 @contextmanager
@@ -194,7 +194,7 @@ def _as_unavailable() -> Iterator[None]:
     try:
         yield
     except subprocess.CalledProcessError as error:
-        raise Unavailable(f"{' '.join(error.cmd)}: {error.stderr.strip()}") from error
+        raise UnavailableError(f"{' '.join(error.cmd)}: {error.stderr.strip()}") from error
 
 
 def _ip(*arguments: str) -> str:

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ from headrace.launch import train as train_command
 
 from ..launch.test_replicas import CONFIG
 from ..pipeline.helpers import assert_same
-from .across import PAYLOAD, Trip, train, train_among_files, train_here, train_twice
-from .failing import FLAG, Plan, misfortune
-from .hosts import Host, Network, Unavailable, connected, far_apart
+from .across import PAYLOAD, Trip, train_among_files, train_and_wait, train_here, train_twice
+from .failing import FLAG, Plan
+from .hosts import Host, Network, UnavailableError, connected, far_apart
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -28,7 +29,7 @@ Process = subprocess.Popen[str]
 TIMEOUT = 3.0
 """Seconds of silence, once there was an update."""
 
-DELAY = 0.01
+DELAY = 0.005
 """Seconds that the slow cable takes one way."""
 
 
@@ -38,7 +39,7 @@ def having(network: AbstractContextManager[Network]) -> Iterator[Network]:
     try:
         with network as made:
             yield made
-    except Unavailable as error:
+    except UnavailableError as error:
         pytest.skip(f"no hosts of namespaces here: {error}")
 
 
@@ -104,42 +105,102 @@ def assert_same_as_one_process(trips: Sequence[Trip]) -> None:
         assert_same(trip.weights, alone.weights)
 
 
-# Numbers ------------------------------------------------------------------------------------
+# Three hosts, then a cable is cut ------------------------------------------------------------
 
 
-def test_three_hosts(tmp_path: Path) -> None:
-    """Two stages on the first: between those memory is shared, all else takes the cables."""
-    with having(connected(3, tmp_path)) as network:
-        with running(torchrun(network.hosts, [2, 1, 1], tmp_path, train)) as processes:
-            finish(processes)
-        sent = [host.bytes_sent() for host in network.hosts]
-        stayed = network.hosts[0].bytes_sent("lo")
-    trips = results(tmp_path, 4)
-    assert [trip.host for trip in trips] == ["host-a", "host-a", "host-b", "host-c"]
-    near, far = "HostOutbox", "_Sender"
-    assert [trip.links for trip in trips] == [(near, ""), (far, near), (far, far), ("", far)]
-    # Downwards go activations and, beside them, targets; upwards go gradients.
-    for bytes_sent, payloads in zip(sent, [2, 2 + 1, 1], strict=True):
-        assert payloads * PAYLOAD < bytes_sent < (payloads + 0.5) * PAYLOAD
-    assert stayed < 0.1 * PAYLOAD
-    assert_same_as_one_process(trips)
+@dataclass(frozen=True)
+class Voyage:
+    """What became of a job whose last host was cut off.
+
+    Args:
+        sent: bytes that left each host while it trained. stayed: by the first one's loopback.
+        seconds: from the cut to the end of the last torchrun.
+        reports: what Headrace said on each host.
+    """
+
+    trips: list[Trip]
+    sent: list[int]
+    stayed: int
+    codes: list[int]
+    seconds: float
+    reports: list[list[str]]
 
 
-def test_two_hosts_that_find_each_other(tmp_path: Path) -> None:
-    with having(connected(2, tmp_path)) as network:
-        starts = torchrun(network.hosts, [1, 1], tmp_path, train, dynamic=True)
+@pytest.fixture(scope="module")
+def voyage(tmp_path_factory: pytest.TempPathFactory) -> Voyage:
+    """Two stages on the first host, one on each of the others."""
+    folder = tmp_path_factory.mktemp("voyage")
+    plan = Plan("nothing", 0, "forward", 50, timeout=(60, TIMEOUT))
+    with having(connected(3, folder)) as network:
+        starts = torchrun(network.hosts, [2, 1, 1], folder, train_and_wait, plan)
         with running(starts) as processes:
-            finish(processes)
-        assert all(host.bytes_sent() > PAYLOAD for host in network.hosts)
-    trips = results(tmp_path, 2)
-    assert {trip.host for trip in trips} == {"host-a", "host-b"}
-    assert_same_as_one_process(trips)
+            wait_for(folder, processes, *(f"trained{rank}" for rank in range(4)))
+            sent = [host.bytes_sent() for host in network.hosts]
+            stayed = network.hosts[0].bytes_sent("lo")
+            (folder / "go").touch()
+            wait_for(folder, processes, FLAG)
+            network.cut(network.hosts[2])
+            start = time.monotonic()
+            codes = [process.wait(timeout=30) for process in processes]
+            seconds = time.monotonic() - start
+            said = [reports(process) for process in processes]
+    return Voyage(results(folder, 4), sent, stayed, codes, seconds, said)
+
+
+def wait_for(folder: Path, processes: Sequence[Process], *names: str) -> None:
+    """Wait until there are these files, which ranks make."""
+    while not all((folder / name).exists() for name in names):
+        assert all(process.poll() is None for process in processes), list(map(reports, processes))
+        time.sleep(0.01)
+
+
+def reports(process: Process) -> list[str]:
+    lines = "\n".join(process.communicate(timeout=20)).splitlines()
+    return [line for line in lines if line.startswith("headrace: ")]
+
+
+def test_the_numbers_are_those_of_one_process(voyage: Voyage) -> None:
+    assert [trip.host for trip in voyage.trips] == ["host-a", "host-a", "host-b", "host-c"]
+    assert_same_as_one_process(voyage.trips)
+
+
+def test_memory_is_shared_within_a_host_alone(voyage: Voyage) -> None:
+    near, far = "HostOutbox", "_Sender"
+    ways = [(near, ""), (far, near), (far, far), ("", far)]
+    assert [trip.links for trip in voyage.trips] == ways
+    # Downwards go activations and, beside them, targets; upwards go gradients.
+    for bytes_sent, payloads in zip(voyage.sent, [2, 2 + 1, 1], strict=True):
+        assert payloads * PAYLOAD < bytes_sent < (payloads + 0.5) * PAYLOAD
+    assert voyage.stayed < 0.1 * PAYLOAD
+
+
+def test_a_cut_cable_ends_all(voyage: Voyage) -> None:
+    """Those who still reach each other say once who is missing; whoever is alone says so too."""
+    print(f"after {voyage.seconds:.1f} s", *voyage.reports, sep="\n")
+    assert voyage.codes == [1, 1, 1]
+    assert TIMEOUT - 1 < voyage.seconds < TIMEOUT + 9
+    (missing,) = voyage.reports[0] + voyage.reports[1]
+    assert re.fullmatch(
+        r"headrace: stage 3 of 4 \(rank 3\) has been silent for \d+ s \(process \d+ on host-c\): "
+        "it was stopped, or its machine is out of reach",
+        missing,
+    ), missing
+    (alone,) = voyage.reports[2]
+    assert re.fullmatch(
+        r"headrace: stage 3 of 4 \(rank 3\), on host-c: the job's store is gone: torchrun has "
+        r"ended at host-a:29400, or that machine is out of reach \(no answer for \d+ s\)",
+        alone,
+    ), alone
+
+
+# Two hosts ----------------------------------------------------------------------------------
 
 
 def test_a_slow_cable(tmp_path: Path) -> None:
     """The numbers are the same; asked to, Headrace keeps more in flight."""
     with having(far_apart(DELAY, tmp_path)) as network:
-        with running(torchrun(network.hosts, [1, 1], tmp_path, train_twice)) as processes:
+        starts = torchrun(network.hosts, [1, 1], tmp_path, train_twice, dynamic=True)
+        with running(starts) as processes:
             finish(processes)
     told, chosen = zip(*results(tmp_path, 2), strict=True)
     assert_same_as_one_process(told)
@@ -170,42 +231,6 @@ def test_containers_that_share_a_network(tmp_path: Path) -> None:
     trips = results(tmp_path, 2)
     assert [trip.links for trip in trips] == [("_Sender", ""), ("", "_Sender")]
     assert_same_as_one_process(trips)
-
-
-# A cable is cut -----------------------------------------------------------------------------
-
-
-def reports(process: Process) -> list[str]:
-    lines = "\n".join(process.communicate(timeout=20)).splitlines()
-    return [line for line in lines if line.startswith("headrace: ")]
-
-
-def test_a_cut_cable(tmp_path: Path) -> None:
-    """Both sides end soon, and each says which host and which stage is out of reach."""
-    plan = Plan("nothing", 0, "forward", 50, timeout=(60, TIMEOUT))
-    with having(connected(2, tmp_path)) as network:
-        starts = torchrun(network.hosts, [1, 1], tmp_path, misfortune, plan, 100_000)
-        with running(starts) as processes:
-            while not (tmp_path / FLAG).exists():
-                assert all(p.poll() is None for p in processes), [reports(p) for p in processes]
-                time.sleep(0.01)
-            network.cut(network.hosts[1])
-            start = time.monotonic()
-            assert [process.wait(timeout=30) for process in processes] == [1, 1]
-            seconds = time.monotonic() - start
-            (first,), (second,) = map(reports, processes)
-    print(f"after {seconds:.1f} s", first, second, sep="\n")
-    assert TIMEOUT - 1 < seconds < TIMEOUT + 9
-    assert re.fullmatch(
-        r"headrace: stage 1 of 2 \(rank 1\) has been silent for \d+ s \(process \d+ on host-b\): it "
-        "was stopped, or its machine is out of reach",
-        first,
-    ), first
-    assert re.fullmatch(
-        r"headrace: stage 1 of 2 \(rank 1\), on host-b: the job's store is gone: torchrun has ended "
-        r"at host-a:29400, or that machine is out of reach \(no answer for \d+ s\)",
-        second,
-    ), second
 
 
 # Parameter servers --------------------------------------------------------------------------
