@@ -8,7 +8,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed import PrefixStore, Store, distributed_c10d  # type: ignore[attr-defined]
+from torch.distributed import Store, distributed_c10d  # type: ignore[attr-defined]
 
 from .errors import InputError, first_line
 
@@ -39,12 +39,7 @@ def meet() -> World | None:
             # It stays until this process exits: made a second time in one job, it would find
             # the first one's keys in the store. Left to the end of the process, its threads now
             # and then abort that (1 in 100 processes).
-            store, rank, size = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
-            start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-            # Between machines torchrun starts ranks again on the store that they had, where the
-            # addresses of those before, and why they ended, would be taken for their own.
-            store = PrefixStore(f"start/{start}", store)
-            dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
+            dist.init_process_group("gloo")
             atexit.register(_part)
             _wait_until_all_have_met()
         except dist.DistNetworkError as error:

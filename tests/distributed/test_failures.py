@@ -210,15 +210,3 @@ def test_the_store_does_not_answer(launcher: Launcher) -> None:
             r"or that machine is out of reach \(no answer for \d s\)",
             line,
         ), f"{outcome}"
-
-
-def test_started_again_on_the_same_store(launcher: Launcher) -> None:
-    """As torchrun does between machines: what the ranks before left there is not taken up."""
-    job = launcher.start(misfortune, 2, Plan("kill", 1, "forward", 50))
-    store = job.store
-    assert store is not None
-    job.wait().expect(1, -signal.SIGKILL)
-    again = {"MASTER_PORT": str(store.port), "TORCHELASTIC_RESTART_COUNT": "1"}
-    outcome = launcher.run(misfortune, 2, Plan("nothing"), 1, environment=again)
-    outcome.expect(0, 0)
-    assert not outcome.reports
