@@ -1,6 +1,7 @@
 #!/bin/bash
 # Headrace on several machines under Slurm. Edit the lines marked <-, then: sbatch slurm.sh
-# One torchrun a machine, which starts PER_NODE stages there. docs/several-hosts.md says more.
+# One torchrun a machine, which starts PER_NODE stages there, and starts them again when one fails.
+# With checkpoints (docs/checkpoints.md) they go on: add --resume auto at the end of the command.
 
 #SBATCH --job-name=headrace
 #SBATCH --nodes=2                    # <- machines
@@ -28,7 +29,7 @@ FIRST=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 train() {
     srun bash -c 'exec torchrun \
         --nnodes "$SLURM_JOB_NUM_NODES" --node-rank "$SLURM_NODEID" --nproc-per-node "$PER_NODE" \
-        --master-addr "$FIRST" --master-port "$PORT" \
+        --master-addr "$FIRST" --master-port "$PORT" --max-restarts 3 \
         -m headrace.launch.train --config "$CONFIG" --stages "$STAGES"'
 }
 

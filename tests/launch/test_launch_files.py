@@ -53,6 +53,7 @@ def read(arguments: list[str]) -> tuple[argparse.Namespace, Config]:
     """What torchrun understands, and what the training command does of the rest."""
     options = get_args_parser().parse_args(arguments)
     assert options.module and options.training_script == "headrace.launch.train"
+    assert options.max_restarts == 3
     return options, parse(options.training_script_args)
 
 
