@@ -254,10 +254,11 @@ class Watch:
     def _beat(self) -> None:
         seen = _Seen(len(self.names))
         keys = [f"beat/{rank}" for rank in range(len(self.names))]
+        count = 0
         while not self._closed.is_set():
-            self._count += 1
+            count += 1
             try:
-                pulse = self._tell(self._count)
+                pulse = self._tell(count)
                 if self._store.check(["failure"]):
                     self._heed()
                 elif self._store.check(keys):
@@ -286,6 +287,7 @@ class Watch:
                 _end(self.failure.code)
 
     def _tell(self, count: int) -> Pulse:
+        self._count = count
         pulse = self._pulse()
         where = [socket.gethostname(), self._process, self._sees]
         beat = [count, pulse.progress, pulse.waiting, pulse.doing, *where]
