@@ -311,10 +311,11 @@ class Watch:
 
     def _grieve(self, why: str) -> None:
         """Say where the store is missed; without the lock, whose holder may wait for the store."""
-        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        met = {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+        where = " at {MASTER_ADDR}:{MASTER_PORT}".format_map(os.environ) if met else ""
         message = (
             f"{self.names[self._rank]}, on {socket.gethostname()}: the job's store is gone: "
-            f"torchrun has ended at {where}, or that machine is out of reach ({why})"
+            f"torchrun has ended{where}, or that machine is out of reach ({why})"
         )
         print(f"headrace: {message}", file=sys.stderr, flush=True)
         self._note(Failure(message, 1))
