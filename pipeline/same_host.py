@@ -5,6 +5,7 @@ wake-up, where a process group and its threads take four.
 """
 
 import ctypes
+import os
 import secrets
 import socket
 import time
@@ -183,5 +184,10 @@ def meet_sender(carrier: Carrier, peer: int, lost: Lost) -> HostInbox | None:
 
 
 def _name(address: Tensor) -> bytes:
-    """An address outside the file system, which is gone with the socket."""
-    return b"\0headrace-" + "-".join(map(str, address.tolist())).encode()
+    """An address outside the file system, which is gone with the socket.
+
+    Memory is found by its process's number, which is another's elsewhere: containers that share a
+    network, and so their sockets, do not meet unless they share the numbers too.
+    """
+    numbers = os.readlink("/proc/self/ns/pid")
+    return b"\0headrace-" + "-".join(map(str, [*address.tolist(), numbers])).encode()

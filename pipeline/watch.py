@@ -93,6 +93,7 @@ class Watch:
         self._lock = threading.RLock()
         self._closed = threading.Event()
         self._failed_at = 0.0
+        self._count = 0
         self._stopping = False
         self.saves, self.stop_requested = False, False
         self._process, self._sees = os.getpid(), _processes()
@@ -105,6 +106,7 @@ class Watch:
         self._tell(0)  # before anything can block: who is gone by then can be missed
         self._thread = threading.Thread(target=self._beat, name="headrace-watch", daemon=True)
         self._thread.start()
+        threading.Thread(target=self._guard, name="headrace-guard", daemon=True).start()
         atexit.register(self.end_process_if_failed)
 
     @property
@@ -277,11 +279,25 @@ class Watch:
                         self.fail(trouble, code=1)
             except dist.DistError as error:
                 self._mourn(error)
-            if self.failure and time.monotonic() - self._failed_at > GRACE:
-                _end(self.failure.code)
             self._closed.wait(self._interval)
 
+    def _guard(self) -> None:
+        """Watch the beats: of a cable that is cut nobody is told, and the store's calls do not
+        return until the system gives the connection up, after a quarter of an hour.
+
+        Time is counted in naps, so that a process that was stopped has not been waiting.
+        """
+        count, silent = -1, 0.0
+        while not self._closed.wait(self._interval):
+            silent = silent + self._interval if count == self._count else 0.0
+            count = self._count
+            if self.failure is None and silent > self._timeout[self._pulse().trained]:
+                self._grieve(f"no answer for {silent:.0f} s")
+            if self.failure and time.monotonic() - self._failed_at > GRACE:
+                _end(self.failure.code)
+
     def _tell(self, count: int) -> Pulse:
+        self._count = count
         pulse = self._pulse()
         where = [socket.gethostname(), self._process, self._sees]
         beat = [count, pulse.progress, pulse.waiting, pulse.doing, *where]
@@ -301,12 +317,18 @@ class Watch:
         """The store is gone: nothing can be told or heard any more, so every rank says it."""
         with self._lock:
             if self.failure is None and not self._closed.is_set():
-                message = (
-                    f"the job's store is gone: torchrun has ended, or its machine is out of reach "
-                    f"({first_line(error)})"
-                )
-                print(f"headrace: {message}", file=sys.stderr, flush=True)
-                self._note(Failure(message, 1))
+                self._grieve(first_line(error))
+
+    def _grieve(self, why: str) -> None:
+        """Say where the store is missed; without the lock, whose holder may wait for the store."""
+        met = {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+        where = " at {MASTER_ADDR}:{MASTER_PORT}".format_map(os.environ) if met else ""
+        message = (
+            f"{self.names[self._rank]}, on {socket.gethostname()}: the job's store is gone: "
+            f"torchrun has ended{where}, or that machine is out of reach ({why})"
+        )
+        print(f"headrace: {message}", file=sys.stderr, flush=True)
+        self._note(Failure(message, 1))
 
     def _heed(self) -> None:
         """Another rank, or this one, has failed."""

@@ -2,6 +2,7 @@
 
 import re
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -193,3 +194,19 @@ def test_the_store_is_gone(launcher: Launcher) -> None:
         assert max(outcome.ended) - start < 10
         assert outcome.reports
         assert all("store is gone" in line for line in outcome.reports), f"{outcome}"
+
+
+def test_the_store_does_not_answer(launcher: Launcher) -> None:
+    """It is rank 0's, which stops: calls of the store do not return, as behind a cable cut."""
+    plan = Plan("stop", 0, "forward", 50, timeout=(20, 3))
+    job = launcher.start(misfortune, 3, plan, 10_000, agent=False)
+    outcome, seconds = await_end_of_others(job, 0)
+    outcome.expect(-signal.SIGKILL, 1, 1)
+    assert 2 < seconds < 8
+    for stage, line in zip((1, 2), sorted(outcome.reports), strict=True):
+        where = rf"stage {stage} of 3 \(rank {stage}\), on {re.escape(socket.gethostname())}"
+        assert re.fullmatch(
+            rf"headrace: {where}: the job's store is gone: torchrun has ended at 127\.0\.0\.1:\d+, "
+            r"or that machine is out of reach \(no answer for \d s\)",
+            line,
+        ), f"{outcome}"
