@@ -55,6 +55,7 @@ class Rendezvous:
                 is_master=keeps,
                 wait_for_workers=False,
                 timeout=timedelta(seconds=patience),
+                master_listen_fd=_door(host, port) if keeps else None,
             )
         except (dist.DistError, OSError) as error:
             doing = "keep their store" if keeps else "be reached"
@@ -125,6 +126,16 @@ class Rendezvous:
         if not self._store.check(["cut"]):
             return None
         return Partition.from_json(bytes(self._store.get("cut")).decode())
+
+
+def _door(host: str, port: int) -> int | None:
+    """Where the store is to listen; None: at every address of this machine, as is torch's way.
+
+    A name may mean another address here than it does elsewhere, but the loopback is the loopback.
+    """
+    if host != "localhost" and not host.startswith("127."):
+        return None
+    return socket.create_server((host, port), backlog=128).detach()  # the store closes it
 
 
 def _knock(host: str, port: int, idle: Callable[[], None], patience: float) -> None:
