@@ -75,6 +75,9 @@ class SocketOutbox(threading.Thread, Outbox):
                     self._socket.sendall(_memory(whole))
         except OSError as error:
             self._lost(_why(error))
+        else:
+            with suppress(OSError):  # it went first
+                self._socket.shutdown(socket.SHUT_WR)
 
     def _next(self) -> tuple[Kind, bytearray, list[Tensor]]:
         try:
