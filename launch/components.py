@@ -12,6 +12,8 @@ from functools import partial
 from types import ModuleType
 from typing import Any
 
+from .expected import check_kind, check_result
+
 __all__ = ["HOMES", "Component", "build", "call", "check", "did_you_mean", "find"]
 
 # Where a name without a dot is looked up, by configuration key.
@@ -61,13 +63,10 @@ def find(key: str, class_path: str) -> Callable[..., Any]:
     """The class or function that `class_path` names for the configuration key `key`.
 
     Raises:
-        ValueError: nothing callable has that name; the line says what was looked for, and where.
+        ValueError: nothing has that name that may be what the key needs; the line says what was looked for, and where.
     """
     target = _import(key, class_path) if "." in class_path else _short(key, class_path)
-    if not callable(target):
-        kind = type(target).__name__
-        raise ValueError(f"{key}: {class_path} is a {kind}; a class or a function is needed")
-    return target  # type: ignore[no-any-return]
+    return check_kind(key, _place(key), class_path, target)
 
 
 def _short(key: str, name: str) -> Any:
@@ -233,12 +232,14 @@ def call(key: str, function: Callable[..., Any]) -> Any:
     """Call it; what it raises becomes one line.
 
     Raises:
-        ValueError: the function raised; its own exception is the cause.
+        ValueError: the function raised, its own exception being the cause; or gave something else
+            than the key needs.
     """
     try:
-        return function()
+        result = function()
     except Exception as error:
         raise ValueError(f"{key}: {_one_line(error)}") from error
+    return check_result(key, _place(key), result)
 
 
 def _one_line(error: Exception) -> str:

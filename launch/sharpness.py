@@ -9,7 +9,6 @@ for a model that is larger than one device.
 
 import argparse
 import json
-import pickle
 import signal
 import sys
 import time
@@ -141,7 +140,7 @@ def load_checkpoint(folder: Path, overrides: Sequence[str] = ()) -> tuple[Config
     config = parse(["--config", str(file), *overrides])
     try:
         state = torch.load(weights, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except Exception as error:  # torch's, zip's and pickle's own; nothing of the file has run
         raise ValueError(
             f"--checkpoint {folder}: weights.pt cannot be read; give a run that has ended whole"
         ) from error

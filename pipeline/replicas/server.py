@@ -98,7 +98,7 @@ class Checkpoint:
             return ""
         try:
             shard.load_state_dict(torch.load(self.file, weights_only=True))
-        except (KeyError, ValueError, RuntimeError, TypeError) as error:
+        except Exception as error:  # torch's, zip's and pickle's own; nothing of the file has run
             raise ValueError(
                 f"checkpoint: {self.file} is not of these weights and optimizer "
                 f"({type(error).__name__}: {first_line(error)}): give another folder, or the same "

@@ -15,7 +15,7 @@ set_hypothesis_home_dir(_home.name)
 settings.register_profile(
     "headrace",
     derandomize=True,
-    max_examples=150,
+    max_examples=100,
     deadline=None,
     database=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
