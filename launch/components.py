@@ -4,6 +4,7 @@ import difflib
 import importlib
 import inspect
 import os
+import pkgutil
 import re
 import traceback
 from collections.abc import Callable, Iterable
@@ -12,7 +13,7 @@ from functools import partial
 from types import ModuleType
 from typing import Any
 
-from .expected import check_kind, check_result
+from .expected import check_kind, check_result, is_one
 
 __all__ = ["HOMES", "Component", "build", "call", "check", "did_you_mean", "find"]
 
@@ -63,7 +64,8 @@ def find(key: str, class_path: str) -> Callable[..., Any]:
     """The class or function that `class_path` names for the configuration key `key`.
 
     Raises:
-        ValueError: nothing has that name that may be what the key needs; the line says what was looked for, and where.
+        ValueError: nothing has that name that may be what the key needs; the line says what was
+            looked for, and where.
     """
     target = _import(key, class_path) if "." in class_path else _short(key, class_path)
     return check_kind(key, _place(key), class_path, target)
@@ -79,11 +81,21 @@ def _short(key: str, name: str) -> Any:
         found = getattr(home, name, None)
         if found is not None and not isinstance(found, ModuleType):
             return found
-    known = sorted({n for home in homes for n in getattr(home, "__all__", vars(home))})
+    known = _known(key, homes)
     has = f", which has {', '.join(known)}" if 0 < len(known) <= 20 else ""
     where = f" in {' or '.join(HOMES[_place(key)])}" if homes else ""
     near = did_you_mean(name, known)
     raise ValueError(f"{key}: no {name!r}{where}{has}{near}; your own is written module.name")
+
+
+def _known(key: str, homes: list[ModuleType]) -> list[str]:
+    """The names that may be written: those of files, where a file is a thing and its name."""
+    if key.startswith("pipeline.") and homes and hasattr(homes[0], "__path__"):
+        files = [each.name for each in pkgutil.iter_modules(homes[0].__path__)]
+        able = [name for name in files if is_one(_place(key), _in_own_file(homes[0], name))]
+        if able:
+            return able
+    return sorted({n for home in homes for n in getattr(home, "__all__", vars(home))})
 
 
 def _place(key: str) -> str:

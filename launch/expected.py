@@ -17,7 +17,7 @@ from headrace.pipeline.corrections import Correction
 from headrace.pipeline.replicas import Replicas
 from headrace.pipeline.rules import Rule
 
-__all__ = ["check_kind", "check_result"]
+__all__ = ["check_kind", "check_result", "is_one"]
 
 _KINDS: dict[str, tuple[type, str]] = {
     "model": (nn.Module, "an nn.Sequential"),
@@ -73,6 +73,12 @@ def check_kind(key: str, place: str, class_path: str, target: Any) -> Callable[.
 def _attributes(cls: type) -> set[str]:
     """What its objects have; every class itself can be called."""
     return {name for each in cls.__mro__ for name in vars(each)}
+
+
+def is_one(place: str, target: Any) -> bool:
+    """Whether it is a class of what the key needs, and not the one that all others are made of."""
+    kind, _ = _KINDS.get(place, (nn.Module, ""))
+    return inspect.isclass(target) and issubclass(target, kind) and target is not kind
 
 
 def check_result(key: str, place: str, result: Any) -> Any:

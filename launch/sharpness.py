@@ -25,6 +25,7 @@ from headrace.pipeline.sharpness import Eigenvalue, Sharpness, find_solver
 
 from .assemble import make_loader, make_loss, make_metrics, make_model
 from .config import Config, parse
+from .display import count
 from .landscape import draw_line, draw_worst
 from .minima import STEPS, Data, Line, Measured, State, measure, measure_line
 from .ranks import check_stages, hear, processes, rank, refuse_error, stop, tell
@@ -239,7 +240,7 @@ def _run(
 
 def _title(config: Config, n: int, f: Objective) -> str:
     stages = f.pipeline.stages
-    where = f"{stages} stages" if stages > 1 else "1 stage"
+    where = count(stages, "stage")
     return f"{config.name}  {n:,} weights, float64, evaluation mode, {where}\n"
 
 

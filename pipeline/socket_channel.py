@@ -145,7 +145,9 @@ class SocketInbox(threading.Thread, Inbox):
         message, structure, parts = decode(self._frame())
         size = sum(spec.bytes for spec, _ in parts)
         if self._most is not None and size > self._most:
-            raise ValueError(f"a message with {size:,} bytes of tensors: {self._most:,} are allowed")
+            raise ValueError(
+                f"a message with {size:,} bytes of tensors: {self._most:,} are allowed"
+            )
         tensors = []
         for spec, part in parts:
             if part is None:

@@ -123,7 +123,7 @@ class Workload:
         dist.barrier()
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's value, which is numbers and text that JSON can hold, in order, on every rank.
+        """Every rank's value, of what JSON can hold, in order, on every rank.
 
         torch's own gathering of objects would run what it is sent (it pickles).
         """

@@ -1,4 +1,4 @@
-"""Properties are tried on the same examples every time, in bounded time, and leave nothing behind."""
+"""Properties are tried on the same examples every time, and leave nothing behind."""
 
 import tempfile
 

@@ -68,7 +68,7 @@ def test_whatever_is_sent_arrives(message: Message, near: bool) -> None:
 
 
 def read(data: bytes) -> Message | None:
-    """What a receiver makes of bytes: a message that can be sent again, or a ValueError in words."""
+    """What a receiver makes of bytes: a message, or a ValueError in words."""
     try:
         message, structure, parts = decode(bytearray(data))
     except ValueError as error:
@@ -136,7 +136,9 @@ def test_a_flipped_bit_is_refused_or_leaves_a_message(
 
 def test_a_length_is_bounded_before_memory_is_taken() -> None:
     for size in (-1, 0, 55, LONGEST_FRAME + 1, 2**62):
-        with pytest.raises(ValueError, match=f"no message of Headrace's: it has a length of {size} "):
+        with pytest.raises(
+            ValueError, match=f"no message of Headrace's: it has a length of {size} "
+        ):
             frame_bytes(struct.pack("q", size))
     with pytest.raises(ValueError, match="a length of 3 bytes"):
         frame_bytes(b"abc")

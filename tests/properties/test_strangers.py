@@ -1,4 +1,4 @@
-"""Whoever finds the port of a running server may say what they like: those at work notice nothing."""
+"""Whoever finds the port of a running server may say what they like."""
 
 import errno
 import os
@@ -281,7 +281,9 @@ def test_what_is_sound_is_read() -> None:
     table = sent["table"]
     body: Any = [sent["large"], None, [table._indices(), table._values(), SIZE]]
     got = read_request(Message(Kind.PUSH, numbers=(4.0, 2.0, 3.0), body=body), weights, 3)
-    assert list(got) == ["large", "table"] and torch.equal(got["table"].to_dense(), table.to_dense())
+    assert list(got) == ["large", "table"] and torch.equal(
+        got["table"].to_dense(), table.to_dense()
+    )
     assert read_request(Message(Kind.FETCH), weights, 0) == {}
     assert read_request(Message(Kind.SETTLE, body=[torch.ones(1)]), weights, 0) == {}
     assert check_join(Message(Kind.JOIN, numbers=(3.0,)), [1, 2], None) == 3

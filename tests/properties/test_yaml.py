@@ -1,4 +1,4 @@
-"""A configuration is a stranger's text until it has been read: one line for what is none, no more."""
+"""A configuration is a stranger's text until it has been read: one line for what is none."""
 
 import time
 from collections.abc import Callable
