@@ -95,7 +95,11 @@ def _known(key: str, homes: list[ModuleType]) -> list[str]:
         able = [name for name in files if is_one(_place(key), _in_own_file(homes[0], name))]
         if able:
             return able
-    return sorted({n for home in homes for n in getattr(home, "__all__", vars(home))})
+    place, names = _place(key), set[str]()
+    for home in homes:
+        public = getattr(home, "__all__", vars(home))
+        names |= {name for name in public if is_one(place, getattr(home, name))}
+    return sorted(names)
 
 
 def _place(key: str) -> str:

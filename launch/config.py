@@ -153,9 +153,10 @@ def parse(arguments: Sequence[str]) -> Config:
 def _check_device(name: str | None) -> None:
     try:
         torch.device(name or "cpu")
-    except RuntimeError as error:
-        near = " ".join(str(error).split())
-        raise ValueError(f"pipeline.device is {name!r}: {near}") from None
+    except RuntimeError:
+        raise ValueError(
+            f"pipeline.device is {shorten(name)}: write cpu, cuda, or cuda:0 for a certain GPU"
+        ) from None
 
 
 def to_yaml(config: Config) -> str:

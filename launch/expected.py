@@ -76,8 +76,14 @@ def _attributes(cls: type) -> set[str]:
 
 
 def is_one(place: str, target: Any) -> bool:
-    """Whether it is a class of what the key needs, and not the one that all others are made of."""
-    kind, _ = _KINDS.get(place, (nn.Module, ""))
+    """Whether it is worth naming to who looks for what the key needs: a function of ours, or a
+    class that is more than the one that all others are made of.
+    """
+    kind, _ = _KINDS.get(place, (object, ""))
+    if inspect.isfunction(target):
+        return target.__module__.startswith("headrace.")
+    if place == "model":
+        kind = nn.Sequential
     return inspect.isclass(target) and issubclass(target, kind) and target is not kind
 
 
@@ -89,5 +95,6 @@ def check_result(key: str, place: str, result: Any) -> Any:
     """
     kind, needs = _KINDS.get(place, (object, ""))
     if not isinstance(result, kind):
-        raise ValueError(f"{key} gave a {type(result).__name__}, and must give {needs}")
+        text = " ".join(repr(result).split())[:60]
+        raise ValueError(f"{key} gave {text}, and must give {needs}")
     return result

@@ -22,7 +22,7 @@ from .config import Config, to_yaml
 from .display import console, count, duration
 from .profiling.pictures import import_pyplot
 from .ranks import processes, refuse, refuse_error
-from .run_files import new_folder
+from .run_files import check_folder, new_folder
 from .simulation.picture import draw
 from .simulation.plan import DEFAULT, Case, Grid, plan, read_variants
 from .simulation.results import Row, best, results_table, write_csv, write_json
@@ -43,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         grid = _grid(own)
         cases = plan(rest, grid)
         import_pyplot()
+        check_folder(Path("runs"))
         rows = _tuned(cases, own.processes) if grid.tune else _run(cases, own.processes)
     except (ValueError, TypeError, ImportError, InputError) as error:
         refuse_error(error)

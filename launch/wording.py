@@ -10,19 +10,27 @@ _OPTIONS = (
     "|clip_grad_norm|autocast|compile|device|on_nonfinite|timeout"
 )
 _KEYS = {"stages": "stages", "seed": "seed", "loss_fn": "loss"}
-_KEYS |= {name: name for name in ("optimizer", "scheduler")}
+_KEYS |= {name: name for name in ("optimizer", "scheduler", "beside", "address")}
 _KEYS |= {name: f"pipeline.{name}" for name in _OPTIONS.split("|")}
+
+_WORDS = {"None": "null", "True": "true", "False": "false"}
 
 _IMPORT = re.compile(r",? with from headrace\.[\w.]+ import \w+")
 _CALL = re.compile(
     r"\b(Delayed|Exact|Synthetic|Local|Allreduce|Hogwild|Downpour|Elastic)\(([^()]*)\)"
 )
 _ARGUMENT = re.compile(rf"(?<![\w.])({'|'.join(_KEYS)})=(?=(\S)?)")
+# "slack=-1: give …": what is wrong comes first, by its value.
+_VALUE = r"(?:\[[^\]]*\]|\([^)]*\)|'[^']*'|[^\s:]+)"
+_FIRST = re.compile(rf"(?:^|(?<=: ))({'|'.join(_KEYS)})=(?={_VALUE}: (?:give|write|torch) )")
 
 
 def in_yaml(text: str) -> str:
     """An error's text with keys for arguments: "rule=Exact()" is "pipeline.rule: exact"."""
-    return _ARGUMENT.sub(_key, _CALL.sub(_component, _IMPORT.sub("", text)))
+    text = _CALL.sub(_component, _IMPORT.sub("", text))
+    text = _FIRST.sub(lambda found: f"{_KEYS[found[1]]} is ", text)
+    text = _ARGUMENT.sub(_key, text)
+    return re.sub(r"\b(None|True|False)\b", lambda found: _WORDS[found[0]], text)
 
 
 def _component(found: re.Match[str]) -> str:
@@ -37,4 +45,4 @@ def _component(found: re.Match[str]) -> str:
 
 def _key(found: re.Match[str]) -> str:
     # "micro_batches=4" has a value behind it, "micro_batches= larger" has none.
-    return f"{_KEYS[found[1]]}{': ' if found[2] else ''}"
+    return f"{_KEYS[found[1]]}{': ' if found[2] not in (None, *' :;,.') else ''}"

@@ -148,9 +148,9 @@ def test_depth_follows_the_stages() -> None:
 
 def test_a_cut_that_is_told_is_kept_where_it_fits() -> None:
     cases = plan(
-        ["--config", "tiny.yaml", "--pipeline.balance", "[2, 3]"], Grid((2, 3), {"stash": {}})
+        ["--config", "tiny.yaml", "--pipeline.balance", "[2, 4]"], Grid((2, 3), {"stash": {}})
     )
-    assert [case.configs[0].pipeline.balance for case in cases] == [[2, 3], "parameters"]
+    assert [case.configs[0].pipeline.balance for case in cases] == [[2, 4], "parameters"]
 
 
 def test_means_are_over_those_that_finished() -> None:
@@ -196,7 +196,7 @@ def test_a_run_that_diverges_is_an_outcome() -> None:
         ("--stages 2 --variants none.yaml", "none.yaml: no such file"),
         ("--stages 2 --variants wrong.yaml", "variant 'stash', 2 stages: unknown key pipeline.rul "
          "(did you mean rule"),
-        ("--stages 2 --pipeline.micro_batches 0", "micro_batches=0"),
+        ("--stages 2 --pipeline.micro_batches 0", "pipeline.micro_batches is 0"),
     ],
 )  # fmt: skip
 def test_refusals(
@@ -256,13 +256,14 @@ def test_updates_until() -> None:
 
 def test_variants_that_headrace_brings(capsys: pytest.CaptureFixture[str]) -> None:
     """Every one can be parsed with its configuration, and its optimizers and corrections made."""
+    momentum = "deep_digits --optimizer.init_args.momentum 0.9"
     brought = {
         "charlm_adam": "deep_charlm", "charlm_muon": "deep_charlm", "deeper": "deep_charlm",
-        "digits": "deep_digits", "digits_momentum": "deep_digits",
+        "digits": "deep_digits", "digits_momentum": momentum,
     }  # fmt: skip
     for name, config in brought.items():
         grid = Grid((8,), read_variants(Path(name)))
-        for case in plan(["--config", config], grid):
+        for case in plan(["--config", *config.split()], grid):
             make_corrections(case.configs[0].pipeline)
     line = refused(capsys, "--config", "tiny.yaml", "--stages", "2", "--variants", "none")
     assert f"--variants none: no such file (Headrace brings {', '.join(sorted(brought))})" in line

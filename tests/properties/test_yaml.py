@@ -231,7 +231,7 @@ def test_a_function_that_gives_no_model_is_refused(
     (folder / "seven.py").write_text("def model():\n    return 7\n")
     (folder / "x.yaml").write_text(SOUND)
     line = refusal(capsys, train.main, "--config", "x.yaml", "--model.class_path", "seven.model")
-    assert line == "model gave a int, and must give an nn.Sequential"
+    assert line == "model gave 7, and must give an nn.Sequential"
 
 
 # Any text -----------------------------------------------------------------------------------------
