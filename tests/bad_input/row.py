@@ -43,4 +43,5 @@ class Row:
         """What, message and code, as the table has them."""
         where = f"`{self.command}` " if self.command else ""
         code = str(self.code) if isinstance(self.code, int) else f"`{self.code.__name__}`"
-        return where + self.what, f"`{self.message}`", code
+        tick = "``" if "`" in self.message else "`"
+        return where + self.what, f"{tick}{self.message}{tick}", code

@@ -3,9 +3,12 @@
 Each is provoked for real by test_bad_input.py; `python -m tests.bad_input.write` writes the table.
 """
 
+import os
+import socket
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +23,7 @@ from headrace.pipeline.corrections import (
 )
 from headrace.pipeline.errors import InputError
 from headrace.pipeline.replicas import Allreduce, Downpour, Elastic
+from headrace.pipeline.replicas.rendezvous import Rendezvous
 from headrace.pipeline.rules import Delayed, Exact, Local, Synthetic
 
 from .row import Row
@@ -148,6 +152,19 @@ def tied() -> nn.Sequential:
     model = network()
     model[3].weight = model[0].weight
     return model
+
+
+def meet_at_a_port_in_use() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        rank = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        with mock.patch.dict(os.environ, rank):
+            build()
+
+
+def serve_at_a_port_in_use() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        Rendezvous(f"127.0.0.1:{other.getsockname()[1]}", lambda: None, keeps=True)
 
 
 class Skips(nn.Sequential):
@@ -1033,7 +1050,8 @@ ROWS = (
         "a name for a rule",
         (
             "rule='delayed': give an object, or a list of one for each stage, as in "
-            "rule=Delayed('stash') with from headrace.pipeline.rules import Delayed"
+            "rule=Delayed('stash') with from headrace.pipeline.replicas.rendezvous import Rendezvous
+from headrace.pipeline.rules import Delayed"
         ),
         TypeError,
         act=new(rule="delayed"),
@@ -1241,6 +1259,20 @@ ROWS = (
         "factor=0.5: give a number >= 1",
         ValueError,
         act=partial(Geometric, 16, factor=0.5, most=64),
+    ),
+    Row(
+        "torchrun's port in use",
+        "the ranks cannot meet at 127.0.0.1:…in use…; if another job holds that port, choose "
+        "another with torchrun --master-port, or use --standalone",
+        InputError,
+        act=meet_at_a_port_in_use,
+    ),
+    Row(
+        "the servers' port in use",
+        "the servers cannot keep their store at 127.0.0.1:…in use; start them with "
+        "headrace.launch.serve, and give every replica the address that they print",
+        InputError,
+        act=serve_at_a_port_in_use,
     ),
     Row(
         "no replicas",
