@@ -1050,8 +1050,7 @@ ROWS = (
         "a name for a rule",
         (
             "rule='delayed': give an object, or a list of one for each stage, as in "
-            "rule=Delayed('stash') with from headrace.pipeline.replicas.rendezvous import Rendezvous
-from headrace.pipeline.rules import Delayed"
+            "rule=Delayed('stash') with from headrace.pipeline.rules import Delayed"
         ),
         TypeError,
         act=new(rule="delayed"),
