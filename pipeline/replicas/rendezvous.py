@@ -58,9 +58,14 @@ class Rendezvous:
                 master_listen_fd=_door(host, port) if keeps else None,
             )
         except (dist.DistError, OSError) as error:
-            doing = "keep their store" if keeps else "be reached"
+            why = getattr(error, "strerror", None) or first_line(error)
+            if keeps:
+                raise InputError(
+                    f"the servers cannot keep their store at {address}: {why}; write an address of "
+                    "this machine with a port that nobody holds, and the same for every replica"
+                ) from error
             raise InputError(
-                f"the servers cannot {doing} at {address}: {first_line(error)}; start them with "
+                f"the servers cannot be reached at {address}: {why}; start them with "
                 "headrace.launch.serve, and give every replica the address that they print"
             ) from error
 

@@ -25,6 +25,7 @@ from headrace.pipeline.errors import InputError
 from headrace.pipeline.replicas import Allreduce, Downpour, Elastic
 from headrace.pipeline.replicas.rendezvous import Rendezvous
 from headrace.pipeline.rules import Delayed, Exact, Local, Synthetic
+from headrace.pipeline.world import meet
 
 from .row import Row
 
@@ -159,7 +160,7 @@ def meet_at_a_port_in_use() -> None:
         port = str(other.getsockname()[1])
         rank = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         with mock.patch.dict(os.environ, rank):
-            build()
+            meet()
 
 
 def serve_at_a_port_in_use() -> None:
@@ -1268,8 +1269,8 @@ ROWS = (
     ),
     Row(
         "the servers' port in use",
-        "the servers cannot keep their store at 127.0.0.1:…in use; start them with "
-        "headrace.launch.serve, and give every replica the address that they print",
+        "the servers cannot keep their store at 127.0.0.1:…: Address already in use; write an "
+        "address of this machine with a port that nobody holds, and the same for every replica",
         InputError,
         act=serve_at_a_port_in_use,
     ),
