@@ -6,6 +6,7 @@ had before; it agrees with the others on the cut, and learns where each stage's 
 
 import hashlib
 import json
+import os
 import socket
 import time
 from collections.abc import Callable, Mapping
@@ -58,7 +59,8 @@ class Rendezvous:
                 master_listen_fd=_door(host, port) if keeps else None,
             )
         except (dist.DistError, OSError) as error:
-            why = getattr(error, "strerror", None) or first_line(error)
+            number = getattr(error, "errno", None)
+            why = os.strerror(number) if number else first_line(error)
             if keeps:
                 raise InputError(
                     f"the servers cannot keep their store at {address}: {why}; write an address of "

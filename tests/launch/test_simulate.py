@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from headrace.launch import simulate as simulate_command
 from headrace.launch.assemble import make_corrections
 from headrace.launch.config import parse
 from headrace.launch.simulate import main
@@ -189,7 +190,7 @@ def test_a_run_that_diverges_is_an_outcome() -> None:
         ("--stages 2,9", "--stages 9: the model has 6 layers, and each stage needs one: write "
          "--stages up to 6, or --scale-depth KEY (model.init_args.blocks of a gpt)"),
         ("--stages 2 --scale-depth model.init_args.widths", "it must be a whole number"),
-        ("--stages 2 --scale-depth model.init_args.blocks", "that is None in the configuration"),
+        ("--stages 2 --scale-depth model.init_args.blocks", "that is null in the configuration"),
         ("--stages 2 --data.batch 3", "unknown key data.batch"),
         ("--stages 2 --pipeline.replicas allreduce", "write --pipeline.replicas null"),
         ("--stages 2 --variants tiny.yaml", "variant 'epochs' must be a name with keys and values"),
@@ -267,3 +268,21 @@ def test_variants_that_headrace_brings(capsys: pytest.CaptureFixture[str]) -> No
             make_corrections(case.configs[0].pipeline)
     line = refused(capsys, "--config", "tiny.yaml", "--stages", "2", "--variants", "none")
     assert f"--variants none: no such file (Headrace brings {', '.join(sorted(brought))})" in line
+
+
+def test_nothing_trains_before_the_last_variant_is_known_to_work(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor what is refused when a stage's optimizer is made: that used to be told hours later."""
+    trained: list[object] = []
+    monkeypatch.setattr(simulate_command, "simulate", trained.append)
+    (folder / "late.yaml").write_text(
+        "stash: {}\nlate: {optimizer.init_args.momentum: 0.0, "
+        "pipeline.corrections: [spike_compensation]}\n"
+    )
+    words = refused(capsys, "--config", "tiny.yaml", "--stages", "2", "--variants", "late.yaml")
+    assert words == (
+        "headrace: variant 'late', 2 stages: spike_compensation is about momentum, and this SGD "
+        "has none: write a momentum above 0, or leave the correction out\n"
+    )
+    assert not trained and not (folder / "runs").exists()

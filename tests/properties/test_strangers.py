@@ -21,6 +21,7 @@ from headrace.pipeline.errors import InputError
 from headrace.pipeline.message import LONGEST_FRAME, Kind, Message, Note, encode
 from headrace.pipeline.replicas import server as server_module
 from headrace.pipeline.replicas.elastic import Centre
+from headrace.pipeline.replicas.meeting_point import own_address
 from headrace.pipeline.replicas.rendezvous import Rendezvous
 from headrace.pipeline.replicas.request import check_join, most_bytes, read_request, unpack
 from headrace.pipeline.socket_channel import GREETING, SocketInbox, greet, listen
@@ -368,3 +369,12 @@ def test_a_port_that_is_taken_is_named() -> None:
         address = f"127.0.0.1:{other.getsockname()[1]}"
         with pytest.raises(InputError, match=f"cannot keep their store at {address}: .*in use"):
             Rendezvous(address, lambda: None, keeps=True, patience=5)
+
+
+def test_the_server_of_one_host_is_at_its_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun without --standalone says the host's name, at whose address others can knock."""
+    monkeypatch.setenv("MASTER_ADDR", "192.0.2.1")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert own_address() == "127.0.0.1"
+    assert own_address("127.0.0.1") == "127.0.0.1"
