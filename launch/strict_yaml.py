@@ -49,7 +49,7 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self._levels > DEEPEST:
-            line = self.peek_event().start_mark.line + 1
+            line = self.peek_event().start_mark.line + 1  # type: ignore[no-untyped-call]
             raise ValueError(f"line {line}: lists and mappings go more than {DEEPEST} levels deep")
         self._levels += 1
         try:
