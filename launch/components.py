@@ -4,6 +4,7 @@ import difflib
 import importlib
 import inspect
 import os
+import pkgutil
 import re
 import traceback
 from collections.abc import Callable, Iterable
@@ -11,6 +12,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from types import ModuleType
 from typing import Any
+
+from .expected import check_kind, check_result, is_one
 
 __all__ = ["HOMES", "Component", "build", "call", "check", "did_you_mean", "find"]
 
@@ -61,13 +64,11 @@ def find(key: str, class_path: str) -> Callable[..., Any]:
     """The class or function that `class_path` names for the configuration key `key`.
 
     Raises:
-        ValueError: nothing callable has that name; the line says what was looked for, and where.
+        ValueError: nothing has that name that may be what the key needs; the line says what was
+            looked for, and where.
     """
     target = _import(key, class_path) if "." in class_path else _short(key, class_path)
-    if not callable(target):
-        kind = type(target).__name__
-        raise ValueError(f"{key}: {class_path} is a {kind}; a class or a function is needed")
-    return target  # type: ignore[no-any-return]
+    return check_kind(key, _place(key), class_path, target)
 
 
 def _short(key: str, name: str) -> Any:
@@ -80,11 +81,25 @@ def _short(key: str, name: str) -> Any:
         found = getattr(home, name, None)
         if found is not None and not isinstance(found, ModuleType):
             return found
-    known = sorted({n for home in homes for n in getattr(home, "__all__", vars(home))})
+    known = _known(key, homes)
     has = f", which has {', '.join(known)}" if 0 < len(known) <= 20 else ""
     where = f" in {' or '.join(HOMES[_place(key)])}" if homes else ""
     near = did_you_mean(name, known)
     raise ValueError(f"{key}: no {name!r}{where}{has}{near}; your own is written module.name")
+
+
+def _known(key: str, homes: list[ModuleType]) -> list[str]:
+    """The names that may be written: those of files, where a file is a thing and its name."""
+    if key.startswith("pipeline.") and homes and hasattr(homes[0], "__path__"):
+        files = [each.name for each in pkgutil.iter_modules(homes[0].__path__)]
+        able = [name for name in files if is_one(_place(key), _in_own_file(homes[0], name))]
+        if able:
+            return able
+    place, names = _place(key), set[str]()
+    for home in homes:
+        public = getattr(home, "__all__", vars(home))
+        names |= {name for name in public if is_one(place, getattr(home, name))}
+    return sorted(names)
 
 
 def _place(key: str) -> str:
@@ -233,12 +248,14 @@ def call(key: str, function: Callable[..., Any]) -> Any:
     """Call it; what it raises becomes one line.
 
     Raises:
-        ValueError: the function raised; its own exception is the cause.
+        ValueError: the function raised, its own exception being the cause; or gave something else
+            than the key needs.
     """
     try:
-        return function()
+        result = function()
     except Exception as error:
         raise ValueError(f"{key}: {_one_line(error)}") from error
+    return check_result(key, _place(key), result)
 
 
 def _one_line(error: Exception) -> str:

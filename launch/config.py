@@ -18,7 +18,7 @@ import torch
 from jsonargparse import ArgumentError, ArgumentParser
 
 from .components import Component, check, did_you_mean, find
-from .strict_yaml import dump, load, load_file
+from .strict_yaml import dump, load, load_file, shorten
 
 __all__ = ["Config", "Data", "PipelineOptions", "find_file", "parse", "read_overrides", "to_yaml"]
 
@@ -126,8 +126,9 @@ class Config:
                 value = getattr(value, part)
             if isinstance(value, int) and value < least:
                 raise ValueError(f"{key} must be at least {least}, not {value}")
-        if self.name != Path(self.name).name or self.name.startswith("."):
-            raise ValueError(f"name must be a plain folder name, not {self.name!r}")
+        plain = self.name == Path(self.name).name and self.name.isprintable()
+        if not plain or self.name.startswith(".") or len(self.name) > 200:
+            raise ValueError(f"name must be a plain folder name, not {shorten(self.name)}")
 
 
 def parse(arguments: Sequence[str]) -> Config:
@@ -150,12 +151,13 @@ def parse(arguments: Sequence[str]) -> Config:
         path = find_file(file)
         tree = load_file(path)
         if not isinstance(tree, dict):
-            raise ValueError(f"{path}: a configuration is keys and values, not {tree!r}")
+            what = "nothing" if tree is None else shorten(tree)
+            raise ValueError(f"{path}: a configuration is keys and values, not {what}")
         tree.setdefault("name", path.stem)
     # A class_path goes first: it drops the arguments of the one in the file.
     overrides = [(key, value) for key, value in overrides if key != "config"]
     for key, value in sorted(overrides, key=lambda item: not item[0].endswith(".class_path")):
-        _assign(tree, key, load(value))
+        _assign(tree, key, _value(key, value))
     config: Config = _build(Config, tree)
     for metric in config.metrics:
         find("metrics", metric)
@@ -166,9 +168,10 @@ def parse(arguments: Sequence[str]) -> Config:
 def _check_device(name: str | None) -> None:
     try:
         torch.device(name or "cpu")
-    except RuntimeError as error:
-        near = " ".join(str(error).split())
-        raise ValueError(f"pipeline.device is {name!r}: {near}") from None
+    except RuntimeError:
+        raise ValueError(
+            f"pipeline.device is {shorten(name)}: write cpu, cuda, or cuda:0 for a certain GPU"
+        ) from None
 
 
 def to_yaml(config: Config) -> str:
@@ -203,6 +206,13 @@ def read_overrides(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
             if value.startswith("--"):
                 raise ValueError(f"--{key} has no value: write --{key} VALUE")
         yield key, value
+
+
+def _value(key: str, text: str) -> Any:
+    try:
+        return load(text)
+    except ValueError as error:
+        raise ValueError(f"--{key}: {error}") from None
 
 
 def _assign(tree: dict[str, Any], key: str, value: Any) -> None:
@@ -250,7 +260,7 @@ def _components(key: str, given: Any, annotation: Any) -> Component | list[Compo
 def _build(cls: Any, tree: Any, prefix: str = "") -> Any:
     """The dataclass `cls` from its part of the tree, every key and value checked."""
     if not isinstance(tree, dict):
-        raise ValueError(f"{prefix[:-1]} holds keys and values, not {tree!r}")
+        raise ValueError(f"{prefix[:-1]} holds keys and values, not {shorten(tree)}")
     annotations = get_type_hints(cls)
     for name in tree:
         if name not in annotations:
@@ -278,16 +288,16 @@ def _component(key: str, given: Any, annotation: Any) -> Component | None:
         raise ValueError(f"{key} is missing: write {key}: NAME, or its class_path and init_args")
     tree = {"class_path": given} if isinstance(given, str) else given
     if not isinstance(tree, dict):
-        raise ValueError(f"{key} is a name, or class_path and init_args, not {given!r}")
+        raise ValueError(f"{key} is a name, or class_path and init_args, not {shorten(given)}")
     for name in tree:
         if name not in (known := ("class_path", "init_args")):
             near = did_you_mean(name, known)
             raise ValueError(f"unknown key {key}.{name}{near}; {key} has {', '.join(known)}")
     path, arguments = tree.get("class_path"), tree.get("init_args") or {}
     if not isinstance(path, str):
-        raise ValueError(f"{key}.class_path must be a name or an import path, not {path!r}")
+        raise ValueError(f"{key}.class_path must be a name or an import path, not {shorten(path)}")
     if not isinstance(arguments, dict) or not all(isinstance(name, str) for name in arguments):
-        raise ValueError(f"{key}.init_args must be names and values, not {arguments!r}")
+        raise ValueError(f"{key}.init_args must be names and values, not {shorten(arguments)}")
     return check(key, Component(path, arguments))
 
 
@@ -303,7 +313,7 @@ def _convert(key: str, value: Any, annotation: Any) -> Any:
             raise ArgumentError(None, "null")
         return parser.parse_object({"value": value}).value
     except ArgumentError:
-        shown = "null" if value is None else repr(value)
+        shown = "null" if value is None else shorten(value)
         raise ValueError(f"{key} must be {_in_words(annotation)}, not {shown}") from None
 
 

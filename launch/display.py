@@ -22,6 +22,7 @@ __all__ = [
     "amount",
     "bars",
     "console",
+    "count",
     "duration",
     "layers_table",
     "partition_table",
@@ -37,6 +38,11 @@ def console() -> Console:
     """Standard output: as wide as the terminal, 100 columns where it is none."""
     width = None if sys.stdout.isatty() else 100
     return Console(width=width, highlight=False, markup=False, emoji=False)
+
+
+def count(number: int, thing: str) -> str:
+    """How many there are, in words: "1 stage", "2 stages"."""
+    return f"{number} {thing}{'s' * (number != 1)}"
 
 
 def title(config: Config, stages: str) -> Text:

@@ -20,6 +20,7 @@ from .display import (
     ProgressLine,
     bars,
     console,
+    count,
     duration,
     partition_table,
     prospect,
@@ -52,7 +53,7 @@ class Journal:
         where = " in one process" if processes() is None else ""
         self._replicas, self._replica = pipe.replicas, pipe.replica
         copies = f"{pipe.replicas} replicas of " if config.pipeline.replicas else ""
-        self._out.print(title(config, f"{copies}{pipe.stages} stages{where}"))
+        self._out.print(title(config, f"{copies}{count(pipe.stages, 'stage')}{where}"))
         staleness = expected_staleness(config, pipe.depths)
         self._out.print(partition_table(pipe.partition, staleness, stale(config)))
         self._out.print(prospect(pipe.partition))

@@ -24,8 +24,8 @@ from .assemble import (
     updates,
 )
 from .config import Config, parse
-from .display import console, layers_table, partition_table, prospect, stale, title
-from .ranks import refuse
+from .display import console, count, layers_table, partition_table, prospect, stale, title
+from .ranks import refuse_error
 from .stability import foresee
 
 __all__ = ["main", "make_plan"]
@@ -37,9 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         config = parse(sys.argv[1:] if arguments is None else arguments)
         plan, staleness = make_plan(config)
     except (ValueError, TypeError) as error:
-        refuse(str(error))
+        refuse_error(error)
     out = console()
-    out.print(title(config, f"{len(plan.sizes)} stages"))
+    out.print(title(config, count(len(plan.sizes), "stage")))
     out.print(layers_table(plan))
     out.print()
     out.print(partition_table(plan, staleness, stale(config)))

@@ -12,6 +12,8 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from headrace.pipeline.attempt import attempt
 
+from .wording import in_yaml
+
 __all__ = [
     "check_stages",
     "hear",
@@ -100,11 +102,13 @@ def refuse(message: str) -> NoReturn:
 
 
 def refuse_error(error: Exception) -> NoReturn:
-    """Refuse in an error's one line, unless a pipeline under torchrun has printed it already."""
+    """Refuse in an error's one line, in a configuration's words, unless a pipeline under torchrun
+    has printed it already.
+    """
     if getattr(error, "headrace_reported", False):
         sys.stdout.flush()
         os._exit(2)  # the backend's threads may still wait, so Python must not end by itself
-    refuse(str(error))
+    refuse(in_yaml(str(error)))
 
 
 def stop(number: int, frame: FrameType | None) -> None:

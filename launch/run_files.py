@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["RunFiles", "new_folder"]
+from headrace.pipeline.errors import InputError
+
+__all__ = ["RunFiles", "check_folder", "new_folder"]
 
 
 class RunFiles:
@@ -84,7 +86,11 @@ class RunFiles:
 
 
 def new_folder(root: Path, name: str) -> Path:
-    """Make root/NAME, or NAME-2, NAME-3 … if there are such folders."""
+    """Make root/NAME, or NAME-2, NAME-3 … if there are such folders.
+
+    Raises:
+        InputError: none can be made there.
+    """
     number = 1
     while True:
         folder = root / (name if number == 1 else f"{name}-{number}")
@@ -92,8 +98,30 @@ def new_folder(root: Path, name: str) -> Path:
             folder.mkdir(parents=True)
         except FileExistsError:
             number += 1
+        except OSError as error:
+            raise _unwritable(folder, error.strerror or "") from error
         else:
             return folder
+
+
+def check_folder(root: Path) -> None:
+    """Refuse a folder in which nothing can be made, before there is anything to write.
+
+    Raises:
+        InputError: it is a file, or belongs to somebody else.
+    """
+    there = next(each for each in (root.absolute(), *root.absolute().parents) if each.exists())
+    if not there.is_dir():
+        raise _unwritable(root, f"{there.name} is a file")
+    if not os.access(there, os.W_OK):
+        raise _unwritable(root, "Permission denied")
+
+
+def _unwritable(folder: Path, why: str) -> InputError:
+    return InputError(
+        f"{folder} cannot be made: {why}; start in a folder that you may write to, or move away "
+        "what is in the way"
+    )
 
 
 def _drop_later(metrics: Path, samples: int) -> None:

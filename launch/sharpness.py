@@ -9,7 +9,6 @@ for a model that is larger than one device.
 
 import argparse
 import json
-import pickle
 import signal
 import sys
 import time
@@ -26,6 +25,7 @@ from headrace.pipeline.sharpness import Eigenvalue, Sharpness, find_solver
 
 from .assemble import make_loader, make_loss, make_metrics, make_model
 from .config import Config, parse
+from .display import count
 from .landscape import draw_line, draw_worst
 from .minima import STEPS, Data, Line, Measured, State, measure, measure_line
 from .ranks import check_stages, hear, processes, rank, refuse_error, stop, tell
@@ -141,7 +141,7 @@ def load_checkpoint(folder: Path, overrides: Sequence[str] = ()) -> tuple[Config
     config = parse(["--config", str(file), *overrides])
     try:
         state = torch.load(weights, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except Exception as error:  # torch's, zip's and pickle's own; nothing of the file has run
         raise ValueError(
             f"--checkpoint {folder}: weights.pt cannot be read; give a run that has ended whole"
         ) from error
@@ -240,7 +240,7 @@ def _run(
 
 def _title(config: Config, n: int, f: Objective) -> str:
     stages = f.pipeline.stages
-    where = f"{stages} stages" if stages > 1 else "1 stage"
+    where = count(stages, "stage")
     return f"{config.name}  {n:,} weights, float64, evaluation mode, {where}\n"
 
 

@@ -19,10 +19,10 @@ from typing import TypeVar
 from headrace.pipeline.errors import InputError
 
 from .config import Config, to_yaml
-from .display import console, duration
+from .display import console, count, duration
 from .profiling.pictures import import_pyplot
-from .ranks import processes, refuse
-from .run_files import new_folder
+from .ranks import processes, refuse, refuse_error
+from .run_files import check_folder, new_folder
 from .simulation.picture import draw
 from .simulation.plan import DEFAULT, Case, Grid, plan, read_variants
 from .simulation.results import Row, best, results_table, write_csv, write_json
@@ -43,9 +43,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         grid = _grid(own)
         cases = plan(rest, grid)
         import_pyplot()
+        check_folder(Path("runs"))
         rows = _tuned(cases, own.processes) if grid.tune else _run(cases, own.processes)
     except (ValueError, TypeError, ImportError, InputError) as error:
-        refuse(str(error))
+        refuse_error(error)
     except KeyboardInterrupt:
         refuse("stopped: nothing was written")
     name = cases[0].configs[0].name
@@ -70,7 +71,7 @@ def _legend(rows: Sequence[Row], seeds: str) -> str:
     for row in rows:
         for config, outcome in zip(row.case.configs, row.outcomes, strict=True):
             if outcome.diverged is not None:
-                where = f"{row.case.variant}, {row.case.stages} stages"
+                where = f"{row.case.variant}, {count(row.case.stages, 'stage')}"
                 lines.append(f"diverged: {where}, seed {config.seed}: {outcome.diverged}")
                 break
     return "\n".join(lines) + "\n"
@@ -84,7 +85,8 @@ def _run(cases: Sequence[Case], workers: int) -> list[Row]:
         case, config = runs[k]
         rate = "" if case.rate is None else f", rate {case.rate:g}"
         end = "diverged" if outcome.diverged else f"loss {outcome.scores['loss']:.4f}"
-        what = f"{case.stages:>3} stages  {case.variant}{rate}, seed {config.seed}"
+        stages = f"{count(case.stages, 'stage'):>10}"
+        what = f"{stages}  {case.variant}{rate}, seed {config.seed}"
         out.print(f"{k + 1:>{len(str(len(runs)))}}/{len(runs)} {what}: {end}, "
                   f"{duration(outcome.seconds)}")  # fmt: skip
         done.append(outcome)

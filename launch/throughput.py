@@ -20,7 +20,7 @@ from .config import Config, find_file, parse, read_overrides
 from .profiling.options import Options
 from .profiling.profiler import prepare, profile
 from .profiling.systems import SYSTEMS, default_rows
-from .ranks import check_stages, processes, refuse
+from .ranks import check_stages, processes, refuse_error
 from .strict_yaml import load
 
 __all__ = ["main", "parse_command"]
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             torch.set_num_threads(config.threads)
         work, cut = prepare(config, options)
     except (ValueError, TypeError, ImportError) as error:
-        refuse(str(error))
+        refuse_error(error)
     profile(work, cut, options)
 
 

@@ -473,11 +473,13 @@ class Engine:
             if not stage.is_last and self._losses:
                 self._losses[-1] = flight.loss
         else:
+            late = any(self.depths) and not self.schedule.flushes
+            delay = " (what a delay allows falls as 1/(2τ+1))" if late else ""
             raise FloatingPointError(
                 f"stage {stage.index} of {stage.count}, micro-batch {flight.index}: {reason}. "
                 f"Staleness {stage.timestamp - flight.version} updates, effective learning rate "
-                f"η/(1-m) = {stage.effective_learning_rate:.3g}. Try a lower learning rate (what "
-                "a delay allows falls as 1/(2τ+1)), clip_grad_norm=1.0, or on_nonfinite='skip'"
+                f"η/(1-m) = {stage.effective_learning_rate:.3g}. Try a lower learning rate"
+                f"{delay}, clip_grad_norm=1.0, or on_nonfinite='skip'"
             )
 
     def _tune(self) -> Steps:

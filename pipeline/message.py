@@ -19,9 +19,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .nest import Nest, Structure, flatten, unflatten
+from .nest import Nest, Structure, count_tensors, flatten, unflatten
 
 __all__ = [
+    "LONGEST_FRAME",
     "Kind",
     "Message",
     "Note",
@@ -35,6 +36,13 @@ __all__ = [
 
 SMALL = 2048
 """Bytes up to which a tensor of the CPU travels in the frame."""
+
+
+LONGEST_FRAME = 1 << 26
+"""Bytes; it holds small tensors only, so a longer one is none."""
+
+LARGEST_TENSOR = 1 << 60
+"""Bytes, where an empty dimension counts as one: torch itself can make no larger one."""
 
 
 class Kind(IntEnum):
@@ -124,12 +132,15 @@ class _Layout(NamedTuple):
     Args:
         specs, ways: of each tensor.
         codes: all of it, as the frame has it.
+        small: bytes of the tensors in the frame. notes: how many lie elsewhere.
     """
 
     structure: Structure
     specs: tuple[TensorSpec, ...]
     ways: tuple[int, ...]
     codes: bytes
+    small: int = 0
+    notes: int = 0
 
 
 _HEAD = struct.Struct("7q")
@@ -146,6 +157,7 @@ def encode(
 
     Raises:
         TypeError: a dtype or layout that cannot travel, or no nest of tensors (`nest.flatten`).
+        ValueError: a nest too deep, or of so many small tensors that no frame holds them.
     """
     tensors, structure = flatten(message.body)
     kinds = tuple(
@@ -166,6 +178,11 @@ def encode(
             notes += place(tensor)
     numbers, codes = message.numbers, layout.codes
     size = _HEAD.size + 8 * (len(numbers) + len(notes)) + len(codes) + sum(map(len, small))
+    if size > LONGEST_FRAME:
+        raise ValueError(
+            f"a message of {len(tensors):,} tensors, whose frame would take {size:,} bytes, and "
+            f"{LONGEST_FRAME:,} is the most: pass fewer and larger tensors between layers"
+        )
     counts = (len(numbers), len(notes), len(codes) // 8)
     frame = bytearray(_HEAD.pack(size, message.kind, message.index, message.last, *counts))
     frame += struct.pack(f"{len(numbers)}d{len(notes)}q", *numbers, *notes)
@@ -181,6 +198,7 @@ def _lay_out(
     kinds: tuple[tuple[torch.dtype, torch.layout, torch.Size, bool, bool], ...],
     places: bool,
 ) -> _Layout:
+    count_tensors(structure)  # refuses what a receiver would
     codes = [len(structure), *structure, len(kinds)]
     specs, ways = [], []
     for dtype, layout, shape, requires_grad, on_accelerator in kinds:
@@ -191,13 +209,16 @@ def _lay_out(
                 f"of one of {known}"
             )
         spec = TensorSpec(dtype, tuple(shape), requires_grad, on_accelerator)
-        size = spec.bytes
-        fits = not size or (size <= SMALL and not on_accelerator)
-        ways.append(_IN_FRAME if fits else _NOTED if places else _FOLLOWS)
+        ways.append(_IN_FRAME if _fits(spec) else _NOTED if places else _FOLLOWS)
         specs.append(spec)
         flags = requires_grad + 2 * on_accelerator
         codes += [_CODES[dtype], flags, ways[-1], len(shape), *shape]
     return _Layout(structure, tuple(specs), tuple(ways), struct.pack(f"{len(codes)}q", *codes))
+
+
+def _fits(spec: TensorSpec) -> bool:
+    """Whether it travels in the frame."""
+    return not spec.bytes or (spec.bytes <= SMALL and not spec.on_accelerator)
 
 
 def _bytes(tensor: Tensor) -> bytes:
@@ -207,25 +228,45 @@ def _bytes(tensor: Tensor) -> bytes:
     return ctypes.string_at(tensor.data_ptr(), size) + bytes(-size % 8) if size else b""
 
 
-def frame_bytes(header: bytearray) -> int:
-    """The length of the frame that these bytes begin."""
-    return int(struct.unpack_from("q", header)[0])
+def frame_bytes(header: bytes | bytearray) -> int:
+    """The length of the frame that these bytes begin; before any memory is taken for it.
+
+    Raises:
+        ValueError: they begin none.
+    """
+    size = int(struct.unpack_from("q", header)[0]) if len(header) >= 8 else len(header)
+    if not _HEAD.size <= size <= LONGEST_FRAME:
+        raise _no_frame(f"a length of {size} bytes")
+    return size
 
 
 def decode(frame: bytearray) -> tuple[Message, Structure, list[Part]]:
-    """Read a frame: the message without its body, the body's structure, and its tensors."""
+    """Read a frame: the message without its body, the body's structure, and its tensors.
+
+    Raises:
+        ValueError: the bytes are no frame, or not a whole one. What a flipped bit makes of a number
+            or of a tensor's elements cannot be told.
+    """
+    if frame_bytes(frame) != len(frame):
+        raise _no_frame(f"{len(frame)} bytes that say they are {frame_bytes(frame)}")
     _, kind, index, last, numbers_, notes_, codes_ = _HEAD.unpack_from(frame)
-    values = struct.unpack_from(f"{numbers_}d{notes_}q", frame, _HEAD.size)
     start = _HEAD.size + 8 * (numbers_ + notes_)
     place = start + 8 * codes_
+    if min(numbers_, notes_, codes_) < 0 or place > len(frame):
+        raise _no_frame(f"{numbers_} numbers, {notes_} notes and {codes_} codes")
+    if not 0 <= kind < len(_KINDS) or last not in (0, 1):
+        raise _no_frame(f"the kind {kind}, {last}")
+    values = struct.unpack_from(f"{numbers_}d{notes_}q", frame, _HEAD.size)
     layout = _read_layout(bytes(frame[start:place]))
+    if place + layout.small != len(frame) or notes_ != 4 * layout.notes:
+        raise _no_frame(f"{len(frame) - place} bytes and {notes_} notes for its tensors")
     note = numbers_
     parts: list[Part] = []
     for spec, way in zip(layout.specs, layout.ways, strict=True):
         part: Tensor | Note | None = None
         if way == _IN_FRAME:
             part = _read(frame, place, spec)
-            place += spec.bytes + -spec.bytes % 8
+            place += _filled_up(spec.bytes)
         elif way == _NOTED:
             part = Note(*values[note : note + 4])
             note += 4
@@ -234,18 +275,53 @@ def decode(frame: bytearray) -> tuple[Message, Structure, list[Part]]:
     return message, layout.structure, parts
 
 
+def _no_frame(what: str) -> ValueError:
+    return ValueError(f"what came is no message of Headrace's: it has {what}")
+
+
+def _filled_up(size: int) -> int:
+    return size + -size % 8
+
+
 @lru_cache(maxsize=256)
 def _read_layout(codes: bytes) -> _Layout:
     row = memoryview(codes).cast("q")
-    at = 2 + row[0]
+    many = row[0] if len(row) else -1
+    if not 0 <= many <= len(row) - 2:
+        raise _no_frame(f"a structure of {many} codes")
+    structure = tuple(row[1 : 1 + many])
+    count, at = row[1 + many], 2 + many
+    if count_tensors(structure) != count:
+        raise _no_frame(f"a structure that is not of {count} tensors")
     specs, ways = [], []
-    for _ in range(row[at - 1]):
-        dtype, flags, way, dims = row[at : at + 4]
-        at += 4 + dims
-        shape = tuple(row[at - dims : at])
-        specs.append(TensorSpec(_DTYPES[dtype], shape, bool(flags & 1), bool(flags & 2)))
+    for _ in range(count):
+        spec, way, at = _read_spec(row, at)
+        specs.append(spec)
         ways.append(way)
-    return _Layout(tuple(row[1 : 1 + row[0]]), tuple(specs), tuple(ways), codes)
+    if at != len(row):
+        raise _no_frame(f"{len(row)} codes, of which {at} say something")
+    small = sum(_filled_up(s.bytes) for s, w in zip(specs, ways, strict=True) if w == _IN_FRAME)
+    return _Layout(structure, tuple(specs), tuple(ways), codes, small, ways.count(_NOTED))
+
+
+def _read_spec(row: memoryview, at: int) -> tuple[TensorSpec, int, int]:
+    """A tensor's dtype, shape and way, and where the next one's begin."""
+    if at + 4 > len(row):
+        raise _no_frame("a tensor of no dtype")
+    dtype, flags, way, dims = row[at : at + 4]
+    at += 4 + dims
+    known = 0 <= dtype < len(_DTYPES) and 0 <= flags < 4 and way in (_IN_FRAME, _FOLLOWS, _NOTED)
+    if not known or dims < 0 or at > len(row):
+        raise _no_frame(f"a tensor of the dtype {dtype}, {flags}, {way} and {dims} dimensions")
+    shape = tuple(row[at - dims : at])
+    spec = TensorSpec(_DTYPES[dtype], shape, bool(flags & 1), bool(flags & 2))
+    whole = spec.dtype.itemsize * math.prod(max(1, size) for size in shape)
+    if min(shape, default=0) < 0 or whole > LARGEST_TENSOR:
+        raise _no_frame(f"a tensor of the shape {list(shape)}")
+    learns = spec.dtype.is_floating_point or spec.dtype.is_complex
+    if (spec.requires_grad and not learns) or (way == _IN_FRAME) != _fits(spec):
+        raise _no_frame(f"a {spec.dtype} tensor of the shape {list(shape)} in the wrong place")
+    return spec, way, at
 
 
 def _read(frame: bytearray, place: int, spec: TensorSpec) -> Tensor:

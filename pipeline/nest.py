@@ -1,6 +1,7 @@
 """Nests of tensors: a tensor, or tuples, lists and dicts of nests, and their shape as integers."""
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import TypeAlias
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 __all__ = [
     "Nest",
     "Structure",
+    "count_tensors",
     "describe",
     "flatten",
     "is_differentiable",
@@ -23,6 +25,9 @@ Nest: TypeAlias = "Tensor | tuple[Nest, ...] | list[Nest] | dict[str, Nest] | No
 Structure: TypeAlias = tuple[int, ...]
 """A nest without its tensors, in preorder; it travels in a message's header as it is."""
 
+DEEPEST = 100
+"""Levels of a nest that travels: whoever reads one that never ends would run out of stack."""
+
 _TENSOR, _NONE, _TUPLE, _LIST, _DICT = range(5)
 
 
@@ -31,10 +36,14 @@ def flatten(nest: Nest) -> tuple[list[Tensor], Structure]:
 
     Raises:
         TypeError: something in the nest is neither a tensor nor a plain tuple, list or dict.
+        ValueError: it never ends, or nearly so.
     """
     tensors: list[Tensor] = []
     structure: list[int] = []
-    _walk(nest, tensors, structure)
+    try:
+        _walk(nest, tensors, structure)
+    except RecursionError:
+        raise ValueError(_too_deep()) from None
     return tensors, tuple(structure)
 
 
@@ -63,6 +72,56 @@ def _walk(nest: Nest, tensors: list[Tensor], structure: list[int]) -> None:
         )
 
 
+def count_tensors(structure: Structure) -> int:
+    """How many tensors a nest of this structure has.
+
+    Raises:
+        ValueError: it is the structure of no nest, or of one that is too deep.
+    """
+    codes = iter(structure)
+    try:
+        count = _count(codes, DEEPEST)
+    except StopIteration:
+        raise ValueError("a nest's structure ends too early") from None
+    if next(codes, None) is not None:
+        raise ValueError("a nest's structure goes on after its end")
+    return count
+
+
+def _count(codes: Iterator[int], levels: int) -> int:
+    code = next(codes)
+    if code in (_TENSOR, _NONE):
+        return int(code == _TENSOR)
+    if code not in (_TUPLE, _LIST, _DICT):
+        raise ValueError(f"a nest's structure has the code {code}, which is none")
+    if not levels:
+        raise ValueError(_too_deep())
+    names, total = set[str](), 0
+    size = next(codes)
+    if size < 0:
+        raise ValueError(f"a nest's structure has a size of {size}")
+    # Each item takes a code at least, so a size beyond them ends with them.
+    for k in range(size):
+        if code == _DICT:
+            names.add(_read_name(codes))
+            if len(names) <= k:
+                raise ValueError("a nest's structure has a key twice")
+        total += _count(codes, levels - 1)
+    return total
+
+
+def _read_name(codes: Iterator[int]) -> str:
+    size = next(codes)
+    name = bytes(islice(codes, size))
+    if len(name) < size:
+        raise StopIteration
+    return name.decode()
+
+
+def _too_deep() -> str:
+    return f"a nest of tensors that is more than {DEEPEST} levels deep: pass a flatter one"
+
+
 def unflatten(tensors: Sequence[Tensor], structure: Structure) -> Nest:
     """Put tensors back into the nest they came from: the inverse of `flatten`."""
     return _rebuild(iter(tensors), iter(structure))
@@ -78,7 +137,7 @@ def _rebuild(tensors: Iterator[Tensor], codes: Iterator[int]) -> Nest:
     if code == _DICT:
         result: dict[str, Nest] = {}
         for _ in range(size):
-            key = bytes(next(codes) for _ in range(next(codes))).decode()
+            key = _read_name(codes)
             result[key] = _rebuild(tensors, codes)
         return result
     items = [_rebuild(tensors, codes) for _ in range(size)]

@@ -95,7 +95,8 @@ def check_model(model: nn.Module, stages: int) -> None:
     if len(model) < stages:
         names = ", ".join(f"{n} ({type(m).__name__})" for n, m in named_layers(model))
         raise ValueError(
-            f"{len(model)} layers cannot make {stages} stages, the layers being {names or 'none'}: "
+            f"{len(model)} layer{'s' * (len(model) != 1)} cannot make {stages} "
+            f"stage{'s' * (stages > 1)}, the layers being {names or 'none'}: "
             "take fewer stages, or write a large layer as several"
         )
     for name, parameter in model.named_parameters():

@@ -8,6 +8,7 @@ import ctypes
 import os
 import secrets
 import socket
+import struct
 import time
 from collections import deque
 from collections.abc import Callable
@@ -93,8 +94,9 @@ class HostInbox(Inbox):
             return None
         message = self._read(bytearray(data))
         if message.kind is Kind.FRAME:
-            assert isinstance(message.body, Tensor)
             body = message.body
+            if not isinstance(body, Tensor) or body.dtype is not torch.uint8 or body.dim() != 1:
+                raise ValueError("what came is no message of Headrace's: a long one without bytes")
             message = self._read(bytearray(ctypes.string_at(body.data_ptr(), len(body))))
         if message.kind is Kind.CLOSE:
             self._closed = True
@@ -158,7 +160,7 @@ def meet_sender(carrier: Carrier, peer: int, lost: Lost) -> HostInbox | None:
     try:
         door = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         door.bind(_name(address))
-        door.listen(1)
+        door.listen(8)
         door.setblocking(False)
     except (OSError, AttributeError):
         address[0] = 0
@@ -173,7 +175,7 @@ def meet_sender(carrier: Carrier, peer: int, lost: Lost) -> HostInbox | None:
         seen = memory.reach(TensorSpec(torch.int64, (2,), False, False), note)
         if not torch.equal(seen, address):
             raise OSError("the sender's memory is another's")
-        end, _ = door.accept()
+        end = _accept_from(door, note.process)
         end.setblocking(False)
     except OSError:
         end = None
@@ -181,6 +183,25 @@ def meet_sender(carrier: Carrier, peer: int, lost: Lost) -> HostInbox | None:
     if door is not None:
         door.close()
     return HostInbox(end, memory, lost) if end is not None else None
+
+
+def _accept_from(door: socket.socket, process: int) -> socket.socket:
+    """The connection of a process of this user; whoever else has found the address is left out.
+
+    Raises:
+        OSError: it is not among them.
+    """
+    while True:
+        end, _ = door.accept()
+        credentials = end.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        peer, user, _ = _CREDENTIALS.unpack(credentials)
+        if (peer, user) == (process, os.getuid()):
+            return end
+        end.close()
+
+
+_CREDENTIALS = struct.Struct("3i")
+"""Process, user, group."""
 
 
 def _name(address: Tensor) -> bytes:

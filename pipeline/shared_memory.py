@@ -117,8 +117,11 @@ class SharedMemory:
 
         Raises:
             OSError: the sender's memory cannot be opened here.
+            ValueError: there is no such slot, or the tensor does not fit into it.
         """
         process, file, slot_bytes, slot = note
+        if not (0 <= slot < SLOTS and 0 < spec.bytes <= slot_bytes and slot_bytes % PAGE == 0):
+            raise ValueError(f"{note} is no place of a tensor of {spec.bytes} bytes")
         if (process, file) not in self._arenas:
             self._arenas[process, file] = _Arena.open(process, file, slot_bytes)
         arena = self._arenas[process, file]

@@ -3,8 +3,8 @@
 import json
 import mmap
 import os
-import pickle
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -102,8 +102,30 @@ def _pass_on(tensors: list[Tensor], replica: int, watch: "Watch", key: str) -> l
     from torch.multiprocessing.reductions import reduce_tensor
 
     if replica == 0:
-        handles = [reduce_tensor(t.data) for t in tensors]  # type: ignore[no-untyped-call]
-        watch.share(f"{key}/handles", pickle.dumps(handles).hex())
+        handles = [reduce_tensor(t.data)[1] for t in tensors]  # type: ignore[no-untyped-call]
+        watch.share(f"{key}/handles", json.dumps([_to_json(each) for each in handles]))
         return [t.data for t in tensors]
-    handles = pickle.loads(bytes.fromhex(watch.learn(f"{key}/handles")))
-    return [cast(Tensor, rebuild(*arguments)) for rebuild, arguments in cast(Any, handles)]
+    handles = json.loads(watch.learn(f"{key}/handles"))
+    return [_from_json(each, t.dtype) for each, t in zip(handles, tensors, strict=True)]
+
+
+def _to_json(handle: Sequence[Any]) -> list[Any]:
+    """What torch would pickle: numbers, and bytes, which are written in hexadecimal."""
+    numbers = [*handle[1:4], *handle[6:]]  # between them classes and the dtype, which both know
+    return [
+        {"bytes": each.hex()} if isinstance(each, bytes) else list(each) if n < 2 else each
+        for n, each in enumerate(numbers)
+    ]
+
+
+def _from_json(numbers: Sequence[Any], dtype: torch.dtype) -> Tensor:
+    from torch.multiprocessing.reductions import rebuild_cuda_tensor
+
+    size, stride, offset, *rest = [
+        bytes.fromhex(each["bytes"]) if isinstance(each, dict) else each for each in numbers
+    ]
+    kind = torch.storage.TypedStorage
+    rebuilt: Tensor = rebuild_cuda_tensor(  # type: ignore[no-untyped-call]
+        Tensor, torch.Size(size), tuple(stride), offset, kind, dtype, *rest
+    )
+    return rebuilt

@@ -8,11 +8,12 @@ import ctypes
 import socket
 import struct
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from queue import Empty, SimpleQueue
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,8 @@ RECEIVE_AHEAD = 4
 GREETING = b"headrace weights"
 """What a replica says first: others who find the port are shown the door."""
 
-LONGEST_FRAME = 1 << 30
+PIECE = 1 << 20
+"""Bytes of a frame for which memory is taken at a time: it grows with what has come."""
 
 CLOSED = "its connection was closed"
 
@@ -73,6 +75,9 @@ class SocketOutbox(threading.Thread, Outbox):
                     self._socket.sendall(_memory(whole))
         except OSError as error:
             self._lost(_why(error))
+        else:
+            with suppress(OSError):  # it went first
+                self._socket.shutdown(socket.SHUT_WR)
 
     def _next(self) -> tuple[Kind, bytearray, list[Tensor]]:
         try:
@@ -88,6 +93,7 @@ class SocketInbox(threading.Thread, Inbox):
         arrived: called, from a thread, for every message that is there.
         lost: called once, when the connection ends without a farewell.
         silence: seconds without a message or a beat that are allowed; None: any number.
+        most: bytes of a message's tensors that are allowed; None: any number.
     """
 
     def __init__(
@@ -96,10 +102,11 @@ class SocketInbox(threading.Thread, Inbox):
         arrived: Callable[[], None],
         lost: Lost,
         silence: float | None = None,
+        most: int | None = None,
     ) -> None:
         super().__init__(name="headrace-receive", daemon=True)
         self._socket, self._arrived, self._lost = end, arrived, lost
-        self._silence = silence
+        self._silence, self._most = silence, most
         if silence is not None:
             # Of receiving alone: to send much over a slow link may take longer.
             seconds = struct.pack("ll", int(silence), int(silence % 1 * 1e6))
@@ -135,21 +142,32 @@ class SocketInbox(threading.Thread, Inbox):
             self._lost(_why(error))
 
     def _receive(self) -> Message:
-        head = bytearray(8)
-        self._fill(memoryview(head))
-        size = frame_bytes(head)
-        if not 8 < size <= LONGEST_FRAME:
-            raise EOFError(f"a frame of {size} bytes: the other side is no Headrace")
-        frame = head + bytes(size - 8)
-        self._fill(memoryview(frame)[8:])
-        message, structure, parts = decode(frame)
+        message, structure, parts = decode(self._frame())
+        size = sum(spec.bytes for spec, _ in parts)
+        if self._most is not None and size > self._most:
+            raise ValueError(
+                f"a message with {size:,} bytes of tensors: {self._most:,} are allowed"
+            )
         tensors = []
         for spec, part in parts:
             if part is None:
+                # The system gives memory to what is written, so to what has come.
                 part = torch.empty(spec.shape, dtype=spec.dtype)
                 self._fill(_memory(part))
-            tensors.append((spec, cast(Tensor, part)))
+            elif not isinstance(part, Tensor):
+                raise ValueError("a tensor that lies in another host's memory")
+            tensors.append((spec, part))
         return complete(message, structure, tensors)
+
+    def _frame(self) -> bytearray:
+        frame = bytearray(8)
+        self._fill(memoryview(frame))
+        size = frame_bytes(frame)
+        while len(frame) < size:
+            piece = bytearray(min(PIECE, size - len(frame)))
+            self._fill(memoryview(piece))
+            frame += piece
+        return frame
 
     def _fill(self, memory: memoryview) -> None:
         while memory.nbytes:
@@ -181,18 +199,21 @@ def dial(host: str, port: int, seconds: float) -> socket.socket:
 
 
 def greet(end: socket.socket, seconds: float = 10.0) -> bool:
-    """Hear who has knocked: whether it is a replica."""
-    end.settimeout(seconds)
-    heard = b""
-    with suppress(OSError):
-        while len(heard) < len(GREETING) and (more := end.recv(len(GREETING) - len(heard))):
+    """Hear who has knocked: whether it is a replica. So many seconds, however it dawdles."""
+    deadline, heard = time.monotonic() + seconds, b""
+    with suppress(OSError, ValueError):  # a time-out that is over is a ValueError
+        while len(heard) < len(GREETING):
+            end.settimeout(deadline - time.monotonic())
+            more = end.recv(len(GREETING) - len(heard))
+            if not more:
+                break
             heard += more
-    end.settimeout(None)
-    if heard != GREETING:
-        end.close()
-        return False
-    _prepared(end)
-    return True
+        end.settimeout(None)
+        if heard == GREETING:
+            _prepared(end)
+            return True
+    end.close()
+    return False
 
 
 def _prepared(end: socket.socket) -> socket.socket:

@@ -2,6 +2,7 @@
 
 import atexit
 import os
+import socket
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -41,6 +42,7 @@ def meet() -> World | None:
     if not dist.is_initialized():
         if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
             return None
+        _stay_at_home()
         try:
             # It stays until this process exits: made a second time in one job, it would find
             # the first one's keys in the store. Left to the end of the process, its threads now
@@ -64,6 +66,16 @@ def meet() -> World | None:
         local_size=int(os.environ.get("LOCAL_WORLD_SIZE", size)),
         store=distributed_c10d._get_default_store(),
     )
+
+
+def _stay_at_home() -> None:
+    """Where all ranks are of one host, have gloo listen where only that host can reach it; it would
+    at the address of the host's name.
+    """
+    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+        loopbacks = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
+        if loopbacks:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", loopbacks[0])
 
 
 def _part() -> None:

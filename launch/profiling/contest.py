@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext, redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from headrace.pipeline.errors import first_line
 from headrace.pipeline.partition import Partition
@@ -114,7 +114,7 @@ def _measure(work: Workload, cut: Partition, entry: Entry) -> None:
     seconds = time.perf_counter() - start
     samples = sum(map(work.count_samples, measured))
     entry.rates.append(work.gather(system.rate(work, samples, seconds))[0])
-    entry.facts = work.gather(system.facts(seconds))
+    entry.facts = [Facts(**each) for each in work.gather(asdict(system.facts(seconds)))]
     system.close()
     entry.memory = work.gather(memory.bytes())
 

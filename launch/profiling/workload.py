@@ -1,6 +1,7 @@
 """What every system trains: the same network, mini-batches, loss, optimizer and precision."""
 
 import itertools
+import json
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -122,10 +123,18 @@ class Workload:
         dist.barrier()
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's value, in order, on every rank."""
-        values: list[Any] = [None] * self.ranks
-        dist.all_gather_object(values, value)
-        return values
+        """Every rank's value, of what JSON can hold, in order, on every rank.
+
+        torch's own gathering of objects would run what it is sent (it pickles).
+        """
+        text = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.ranks)]
+        dist.all_gather(sizes, torch.tensor([len(text)]))
+        most = max(int(size) for size in sizes)
+        texts = [torch.zeros(most, dtype=torch.uint8) for _ in range(self.ranks)]
+        dist.all_gather(texts, torch.cat([text, text.new_zeros(most - len(text))]))
+        pairs = zip(texts, sizes, strict=True)
+        return [json.loads(bytes(each[: int(size)].tolist())) for each, size in pairs]
 
     def cut(self, layers: Iterable[LayerCost]) -> Partition:
         """As the configuration's balance says."""

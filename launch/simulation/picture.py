@@ -6,6 +6,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from ..display import count
 from ..profiling.pictures import import_pyplot, save
 from .results import Row, best, smooth, spread
 
@@ -46,7 +47,7 @@ def draw(rows: Sequence[Row], stem: Path, title: str) -> list[Path]:
         ax.set_xlabel("samples")
         ax.xaxis.set_major_locator(plt.MaxNLocator(4))
         ax.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
-        _dress(ax, f"{column} stages", "training loss")
+        _dress(ax, count(column, "stage"), "training loss")
     if len(columns) > 1:
         _ends(places[len(columns)], rows, columns, colours)
     lines = [plt.Line2D([], [], color=colours[name], label=name) for name in variants]

@@ -1,13 +1,19 @@
 """Which runs a simulation is made of: numbers of stages x variants x learning rates x seeds."""
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..assemble import make_model
-from ..config import Config, parse, to_yaml
+from headrace.pipeline.partition import check_model
+from headrace.pipeline.simulation import Simulation
+from headrace.pipeline.stability import StabilityWarning
+
+from ..assemble import make_loader, make_model, make_pipeline, updates
+from ..config import Config, Data, parse, to_yaml
+from ..display import count as in_words
 from ..strict_yaml import load_file
 
 _OWN = Path(__file__).parent / "variants"
@@ -115,12 +121,17 @@ def plan(arguments: Sequence[str], grid: Grid) -> list[Case]:
                 try:
                     configs = _configs(arguments, grid, count, changes, rate)
                 except ValueError as error:
-                    raise ValueError(f"variant {variant!r}, {count} stages: {error}") from None
+                    raise _of(variant, count, error) from None
                 key = (variant, rate, to_yaml(configs[0]))
                 columns = (*cases[key].columns, count) if key in cases else (count,)
                 cases[key] = Case(variant, columns, rate, configs)
     _check_layers(list(cases.values()), grid)
+    _check_pipelines(list(cases.values()))
     return list(cases.values())
+
+
+def _of(variant: str, stages: int, error: Exception) -> ValueError:
+    return ValueError(f"variant {variant!r}, {in_words(stages, 'stage')}: {error}")
 
 
 def _configs(
@@ -160,7 +171,9 @@ def _check_depth(config: Config, key: str) -> None:
 def _check_layers(cases: Sequence[Case], grid: Grid) -> None:
     """Before anything runs: the largest number of stages is the last that would be refused."""
     for case in cases:
-        layers = len(make_model(case.configs[0]))
+        model = make_model(case.configs[0])
+        check_model(model, 1)
+        layers = len(model)
         if layers < case.stages:
             deeper = (
                 "a larger model"
@@ -172,3 +185,27 @@ def _check_layers(cases: Sequence[Case], grid: Grid) -> None:
                 f"--stages {case.stages}: the model has {layers} layers, and each stage needs one: "
                 f"write --stages up to {layers}, or {deeper}"
             )
+
+
+def _check_pipelines(cases: Sequence[Case]) -> None:
+    """Before anything trains: the last variant may be the one that would be refused, hours later.
+
+    What is refused when a stage's optimizer is made needs a mini-batch: of each data one is read.
+    """
+    loaders: list[tuple[Data, Any]] = []
+    for case in cases:
+        config = case.configs[0]
+        try:
+            loader = next((each for data, each in loaders if data == config.data), None)
+            if loader is None:
+                loader = make_loader(config, "data.train", config.data.train)
+                loaders.append((config.data, loader))
+            total = updates(config, loader)
+            with (
+                warnings.catch_warnings(),
+                make_pipeline(config, make_model(config), total, kind=Simulation) as pipe,
+            ):
+                warnings.simplefilter("ignore", StabilityWarning)
+                pipe.prepare(loader)
+        except (ValueError, TypeError) as error:
+            raise _of(case.variant, case.stages, error) from error

@@ -143,8 +143,9 @@ class Centre:
         return due
 
     def give(self, replica: int) -> dict[str, Tensor]:
-        """What a replica is to move by: d."""
-        return self._apart.pop(replica)
+        """What a replica is to move by: d; one that offered nothing stays where it is."""
+        apart = self._apart.pop(replica, None)
+        return apart or {name: torch.zeros_like(weight) for name, weight in self.weights.items()}
 
     def hand_out(self, replicas: Iterable[int]) -> dict[str, Tensor]:
         """The centre, for replicas that go on from there."""

@@ -55,9 +55,11 @@ def own_address(toward: str | None = None) -> str:
     Args:
         toward: a machine that they are as near to; None: where torchrun's ranks meet.
     """
-    several_hosts = os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE")
+    one_host = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
+    if toward is None and one_host:
+        return "127.0.0.1"  # nobody else has business here
     found = _toward(toward or os.environ.get("MASTER_ADDR", "127.0.0.1"))
-    if toward is None and several_hosts and found.startswith("127."):
+    if toward is None and found.startswith("127."):
         found = _toward("10.255.255.255")  # torchrun's host may know itself by its loopback
     return found
 

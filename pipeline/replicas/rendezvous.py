@@ -6,6 +6,7 @@ had before; it agrees with the others on the cut, and learns where each stage's 
 
 import hashlib
 import json
+import os
 import socket
 import time
 from collections.abc import Callable, Mapping
@@ -55,11 +56,18 @@ class Rendezvous:
                 is_master=keeps,
                 wait_for_workers=False,
                 timeout=timedelta(seconds=patience),
+                master_listen_fd=_door(host, port) if keeps else None,
             )
         except (dist.DistError, OSError) as error:
-            doing = "keep their store" if keeps else "be reached"
+            number = getattr(error, "errno", None)
+            why = os.strerror(number) if number else first_line(error)
+            if keeps:
+                raise InputError(
+                    f"the servers cannot keep their store at {address}: {why}; write an address of "
+                    "this machine with a port that nobody holds, and the same for every replica"
+                ) from error
             raise InputError(
-                f"the servers cannot {doing} at {address}: {first_line(error)}; start them with "
+                f"the servers cannot be reached at {address}: {why}; start them with "
                 "headrace.launch.serve, and give every replica the address that they print"
             ) from error
 
@@ -125,6 +133,16 @@ class Rendezvous:
         if not self._store.check(["cut"]):
             return None
         return Partition.from_json(bytes(self._store.get("cut")).decode())
+
+
+def _door(host: str, port: int) -> int | None:
+    """Where the store is to listen; None: at every address of this machine, as is torch's way.
+
+    A name may mean another address here than it does elsewhere, but the loopback is the loopback.
+    """
+    if host != "localhost" and not host.startswith("127."):
+        return None
+    return socket.create_server((host, port), backlog=128).detach()  # the store closes it
 
 
 def _knock(host: str, port: int, idle: Callable[[], None], patience: float) -> None:

@@ -7,6 +7,7 @@ lock, and what it did is the order in which they came.
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -25,10 +26,14 @@ from ..link import Link
 from ..message import Kind, Message
 from ..report import ShardStatistics
 from ..socket_channel import SocketInbox, SocketOutbox, greet, listen
+from .request import check_join, most_bytes, read_request
 
-__all__ = ["Checkpoint", "Members", "Server", "Serves", "beat_of", "pack", "unpack"]
+__all__ = ["Checkpoint", "Members", "Server", "Serves", "beat_of", "pack"]
 
 GOODBYE = 10.0
+
+STRANGERS = 64
+"""Connections that have not said yet who they are; more wait at the door."""
 
 
 class Serves(Protocol):
@@ -93,7 +98,7 @@ class Checkpoint:
             return ""
         try:
             shard.load_state_dict(torch.load(self.file, weights_only=True))
-        except (KeyError, ValueError, RuntimeError, TypeError) as error:
+        except Exception as error:  # torch's, zip's and pickle's own; nothing of the file has run
             raise ValueError(
                 f"checkpoint: {self.file} is not of these weights and optimizer "
                 f"({type(error).__name__}: {first_line(error)}): give another folder, or the same "
@@ -127,12 +132,14 @@ class _Client:
 
     Args:
         pushed: something: until then it has nothing that the server has not.
+        gone: it said goodbye, or was shown the door.
     """
 
     inbox: SocketInbox
     outbox: Outbox
     replica: int = -1
     pushed: bool = False
+    gone: bool = False
 
 
 class Server:
@@ -159,7 +166,9 @@ class Server:
         self._silence = silence
         self.shard, self.members, self._failed = shard, members, failed
         self._link, self._checkpoint = emulated_link, checkpoint
+        self._like = {n: t.to("meta") for n, t in shard.snapshot().items()}
         self.handled = self.settlings = 0
+        self._strangers, self._closing = threading.Semaphore(STRANGERS), False
         self._door = listen(host, port)
         self.port = int(self._door.getsockname()[1])
         self._queue: SimpleQueue[tuple[_Client, Exception | None] | None] = SimpleQueue()
@@ -177,6 +186,7 @@ class Server:
 
     def close(self) -> None:
         """Finish what has come, write the last checkpoint, and part from all."""
+        self._closing = True
         with suppress(OSError):
             self._door.shutdown(socket.SHUT_RDWR)  # closing alone does not wake who waits there
         self._door.close()
@@ -191,15 +201,26 @@ class Server:
 
     def _open_door(self) -> None:
         while True:
+            self._strangers.acquire()
             try:
                 end, _ = self._door.accept()
-            except OSError:  # closed
-                return
-            threading.Thread(target=self._welcome, args=[end], daemon=True).start()
+            except OSError:
+                self._strangers.release()
+                if self._closing:
+                    return
+                time.sleep(0.1)  # no file is left for one more, for now
+                continue
+            threading.Thread(target=self._greet, args=[end], daemon=True).start()
+
+    def _greet(self, end: socket.socket) -> None:
+        try:
+            known = greet(end)
+        finally:
+            self._strangers.release()
+        if known:
+            self._welcome(end)
 
     def _welcome(self, end: socket.socket) -> None:
-        if not greet(end):
-            return
         # Both call back from threads; who it is from is known by then.
         found: list[_Client] = []
         lost = lambda error: self._queue.put((found[0], error))  # noqa: E731
@@ -207,7 +228,7 @@ class Server:
         if self._link is not None:
             outbox = EmulatedLink(outbox, self._link, lost)
         arrived = lambda: self._queue.put((found[0], None))  # noqa: E731
-        inbox = SocketInbox(end, arrived, lost, self._silence)
+        inbox = SocketInbox(end, arrived, lost, self._silence, most_bytes(self._like))
         found.append(_Client(inbox, outbox))
         inbox.start()
 
@@ -221,7 +242,7 @@ class Server:
                     self._part(client, error)
                 elif (message := client.inbox.poll()) is not None:
                     self.handled += 1
-                    self._handle(client, message)
+                    self._hear(client, message)
                 self._answer()
                 self._save_if_due()
             for client in self._clients:
@@ -231,10 +252,22 @@ class Server:
         except Exception as error:
             self._failed(error)
 
-    def _handle(self, client: _Client, message: Message) -> None:
+    def _hear(self, client: _Client, message: Message) -> None:
+        tensors: dict[str, Tensor] = {}
+        try:
+            if client.replica < 0 and message.kind is not Kind.CLOSE:
+                there = [each.replica for each in self._clients]
+                client.replica = check_join(message, there, self.members.expected)
+            else:
+                tensors = read_request(message, self._like, self.shard.version)
+        except ValueError as error:
+            self._part(client, error)
+        else:
+            self._handle(client, message, tensors)
+
+    def _handle(self, client: _Client, message: Message, tensors: dict[str, Tensor]) -> None:
         shard, replica = self.shard, client.replica
         if message.kind is Kind.JOIN:
-            client.replica = int(message.numbers[0])
             self._clients.append(client)
             if self.members.expected is None:
                 shard.enter(client.replica)
@@ -242,7 +275,7 @@ class Server:
         elif message.kind is Kind.PUSH:
             samples, *versions = map(int, message.numbers)
             client.pushed = True
-            shard.take(replica, unpack(message.body, shard.names), samples, versions)
+            shard.take(replica, tensors, samples, versions)
         elif message.kind is Kind.FETCH:
             shard.fetch(replica)
         elif message.kind is Kind.SETTLE:
@@ -250,7 +283,7 @@ class Server:
         elif message.kind is Kind.BUFFERS:
             shard.buffers = cast(list[Tensor], message.body)
         elif message.kind is Kind.LOAD:
-            shard.load(unpack(message.body, shard.names))
+            shard.load(tensors)
         elif message.kind is Kind.ASK:
             numbers = tuple(map(float, shard.statistics.numbers()))
             client.outbox.send(Message(Kind.VALUE, numbers=numbers))
@@ -299,11 +332,16 @@ class Server:
         self.settlings += 1
 
     def _part(self, client: _Client, lost: Exception | None) -> None:
-        if client not in self._clients:
+        if client.gone:
+            return
+        client.gone = True
+        client.outbox.send(Message(Kind.CLOSE))  # ends its thread, too
+        if lost is not None:
+            client.inbox.leave(0.0)
+        if client not in self._clients:  # it never joined: nobody misses it
             return
         self._clients.remove(client)
         self.shard.leave(client.replica)
-        client.outbox.send(Message(Kind.CLOSE))  # ends its thread, too
         self.members.left(client.replica, lost)
 
     def _save_if_due(self) -> None:
@@ -340,18 +378,3 @@ def _pack(tensor: Tensor | None) -> Any:
     # As it is, a row that occurs twice included: the server adds them up as we would have.
     size = torch.tensor([*tensor.shape, tensor.is_coalesced()])
     return [tensor._indices(), tensor._values(), size]
-
-
-def unpack(body: Any, names: list[str]) -> dict[str, Tensor]:
-    """What `pack` packed."""
-    found = {}
-    for name, item in zip(names, body, strict=True):
-        if isinstance(item, list):
-            indices, values, numbers = item
-            *size, coalesced = numbers.tolist()
-            found[name] = torch.sparse_coo_tensor(
-                indices, values, size, is_coalesced=bool(coalesced), check_invariants=False
-            )
-        elif item is not None:
-            found[name] = item
-    return found

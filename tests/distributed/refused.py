@@ -120,7 +120,7 @@ REFUSED: dict[str, tuple[Callable[[], None], str]] = {
     ),
     "more stages than ranks": (new(stages=3), "stages=3 but torchrun started 2 ranks"),
     "fewer stages than ranks": (new(stages=1), "stages=1 but torchrun started 2 ranks"),
-    "fewer layers than stages": (new(model=network(1)), "1 layers cannot make 2 stages"),
+    "fewer layers than stages": (new(model=network(1)), "1 layer cannot make 2 stages"),
     "an unknown layer": (
         new(balance=["0", "head"]),
         "balance names the layer 'head'; the layers are",

@@ -318,7 +318,10 @@ def test_an_exception_of_ones_own_function_is_one_line_that_says_where(folder: P
 
 
 def test_a_rule_of_ones_own_and_of_ours(folder: Path) -> None:
-    (folder / "my_rule.py").write_text("class Mine:\n    def __init__(self, a=1): self.a = a\n")
+    (folder / "my_rule.py").write_text(
+        "from headrace.pipeline.rules import Rule\n"
+        "class Mine(Rule):\n    def __init__(self, a=1): self.a = a\n"
+    )
     config = base("--pipeline.rule", "my_rule.Mine", "--pipeline.rule.init_args.a", "2")
     assert config.pipeline.rule is not None
     assert call("pipeline.rule", build("pipeline.rule", config.pipeline.rule)).a == 2

@@ -79,7 +79,7 @@ def test_one_layer_that_bounds_every_cut_is_named() -> None:
         (["--stages", "7"], "6 layers cannot make 7 stages"),
         (["--model.init_args.widths", "[3, 2]"], "layer '1' (Linear) cannot take float32[5, 64]"),
         (["--loss", "BCELoss"], "loss"),
-        (["--pipeline.slack", "[1, 1]"], "slack=[1, 1]"),
+        (["--pipeline.slack", "[1, 1]"], "pipeline.slack is [1, 1]"),
         (["--pipeline.schedule", "strem"], "pipeline.schedule must be gpipe, or 1f1b, or stream"),
         (["--pipeline.rule", "exact"], "exact"),
         (["--pipeline.device", "abacus"], "abacus"),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from headrace.launch import simulate as simulate_command
 from headrace.launch.assemble import make_corrections
 from headrace.launch.config import parse
 from headrace.launch.simulate import main
@@ -148,9 +149,9 @@ def test_depth_follows_the_stages() -> None:
 
 def test_a_cut_that_is_told_is_kept_where_it_fits() -> None:
     cases = plan(
-        ["--config", "tiny.yaml", "--pipeline.balance", "[2, 3]"], Grid((2, 3), {"stash": {}})
+        ["--config", "tiny.yaml", "--pipeline.balance", "[2, 4]"], Grid((2, 3), {"stash": {}})
     )
-    assert [case.configs[0].pipeline.balance for case in cases] == [[2, 3], "parameters"]
+    assert [case.configs[0].pipeline.balance for case in cases] == [[2, 4], "parameters"]
 
 
 def test_means_are_over_those_that_finished() -> None:
@@ -189,14 +190,14 @@ def test_a_run_that_diverges_is_an_outcome() -> None:
         ("--stages 2,9", "--stages 9: the model has 6 layers, and each stage needs one: write "
          "--stages up to 6, or --scale-depth KEY (model.init_args.blocks of a gpt)"),
         ("--stages 2 --scale-depth model.init_args.widths", "it must be a whole number"),
-        ("--stages 2 --scale-depth model.init_args.blocks", "that is None in the configuration"),
+        ("--stages 2 --scale-depth model.init_args.blocks", "that is null in the configuration"),
         ("--stages 2 --data.batch 3", "unknown key data.batch"),
         ("--stages 2 --pipeline.replicas allreduce", "write --pipeline.replicas null"),
         ("--stages 2 --variants tiny.yaml", "variant 'epochs' must be a name with keys and values"),
         ("--stages 2 --variants none.yaml", "none.yaml: no such file"),
         ("--stages 2 --variants wrong.yaml", "variant 'stash', 2 stages: unknown key pipeline.rul "
          "(did you mean rule"),
-        ("--stages 2 --pipeline.micro_batches 0", "micro_batches=0"),
+        ("--stages 2 --pipeline.micro_batches 0", "pipeline.micro_batches is 0"),
     ],
 )  # fmt: skip
 def test_refusals(
@@ -256,13 +257,32 @@ def test_updates_until() -> None:
 
 def test_variants_that_headrace_brings(capsys: pytest.CaptureFixture[str]) -> None:
     """Every one can be parsed with its configuration, and its optimizers and corrections made."""
+    momentum = "deep_digits --optimizer.init_args.momentum 0.9"
     brought = {
         "charlm_adam": "deep_charlm", "charlm_muon": "deep_charlm", "deeper": "deep_charlm",
-        "digits": "deep_digits", "digits_momentum": "deep_digits",
+        "digits": "deep_digits", "digits_momentum": momentum,
     }  # fmt: skip
     for name, config in brought.items():
         grid = Grid((8,), read_variants(Path(name)))
-        for case in plan(["--config", config], grid):
+        for case in plan(["--config", *config.split()], grid):
             make_corrections(case.configs[0].pipeline)
     line = refused(capsys, "--config", "tiny.yaml", "--stages", "2", "--variants", "none")
     assert f"--variants none: no such file (Headrace brings {', '.join(sorted(brought))})" in line
+
+
+def test_nothing_trains_before_the_last_variant_is_known_to_work(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor what is refused when a stage's optimizer is made: that used to be told hours later."""
+    trained: list[object] = []
+    monkeypatch.setattr(simulate_command, "simulate", trained.append)
+    (folder / "late.yaml").write_text(
+        "stash: {}\nlate: {optimizer.init_args.momentum: 0.0, "
+        "pipeline.corrections: [spike_compensation]}\n"
+    )
+    words = refused(capsys, "--config", "tiny.yaml", "--stages", "2", "--variants", "late.yaml")
+    assert words == (
+        "headrace: variant 'late', 2 stages: spike_compensation is about momentum, and this SGD "
+        "has none: write a momentum above 0, or leave the correction out\n"
+    )
+    assert not trained and not (folder / "runs").exists()

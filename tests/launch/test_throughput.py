@@ -392,7 +392,7 @@ def test_a_refusal_is_one_line(tmp_path: Path) -> None:
         (
             "--model",
             "{class_path: emulated, init_args: {layers: 1}}",
-            "1 layers cannot make 2 stage",
+            "1 layer cannot make 2 stage",
         ),
     ):
         done = start(tmp_path, CONFIG, option, value)

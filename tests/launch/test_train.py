@@ -293,7 +293,7 @@ def test_ones_own_model_loss_optimizer_data_and_metric(folder: Path) -> None:
         (["--pipeline.schedule", "gpipe", "--pipeline.rule", "delayed"], "nothing is stale"),
         (["--pipeline.rule", "exact"], "exact"),
         (["--stages", "12", "--pipeline.balance", "time"], "12 stages"),
-        (["--pipeline.balance", "[5, 5]"], "balance=[5, 5] has 10 layers, the model has"),
+        (["--pipeline.balance", "[5, 5]"], "pipeline.balance: [5, 5] has 10 layers, the model has"),
         (["--pipeline.balance", "['0', layer9]"], "layer9"),
         (["--model", "torch.nn.Linear", "--model.init_args", "{in_features: 6, out_features: 3}"],
          "model is a Linear"),
@@ -304,7 +304,7 @@ def test_ones_own_model_loss_optimizer_data_and_metric(folder: Path) -> None:
         (["--data.batch_size", "64", "--data.drop_last", "true"],
          "data.train: 50 samples make no mini-batch of 64"),
         (["--scheduler.init_args.warmup", "2"], "warmup=2"),
-        (["--pipeline.micro_batches", "0"], "micro_batches=0"),
+        (["--pipeline.micro_batches", "0"], "pipeline.micro_batches is 0"),
         (["--pipeline.device", "abacus"], "abacus"),
     ],
 )  # fmt: skip

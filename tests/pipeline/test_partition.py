@@ -117,7 +117,7 @@ def test_a_model_of_too_few_layers_is_refused() -> None:
     match = r"2 layers cannot make 3 stages.*0 \(Linear\), 1 \(ReLU\)"
     with pytest.raises(ValueError, match=match):
         check_model(nn.Sequential(nn.Linear(1, 1), nn.ReLU()), 3)
-    with pytest.raises(ValueError, match="0 layers cannot make 1 stages, the layers being none"):
+    with pytest.raises(ValueError, match="0 layers cannot make 1 stage, the layers being none"):
         check_model(nn.Sequential(), 1)
     check_model(net(), 5)
 

@@ -1,5 +1,7 @@
 """Channels of one host: here both ends are in one process."""
 
+import os
+import secrets
 import socket
 from dataclasses import dataclass, field
 
@@ -8,7 +10,7 @@ import torch
 
 from headrace.pipeline.message import Kind, Message
 from headrace.pipeline.nest import flatten, leaves
-from headrace.pipeline.same_host import PACKET, HostInbox, HostOutbox
+from headrace.pipeline.same_host import PACKET, HostInbox, HostOutbox, _accept_from
 from headrace.pipeline.shared_memory import SharedMemory
 from headrace.pipeline.timeline import Recorder, Work
 
@@ -102,3 +104,22 @@ def test_the_receiver_is_gone(channel: Channel) -> None:
     channel.outbox.send(Message(Kind.RESULT, 1))
     assert len(channel.lost) == 1 and "Broken pipe" in str(channel.lost[0])
     assert channel.outbox.flush(), "nothing is kept for it"
+
+
+def test_only_the_process_that_was_expected_is_let_in() -> None:
+    """Addresses outside of the file system can be listed by every user of the host."""
+    name = b"\0headrace-test-" + secrets.token_hex(8).encode()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as door:
+        door.bind(name)
+        door.listen(8)
+        door.setblocking(False)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as stranger:
+            stranger.connect(name)
+            with pytest.raises(BlockingIOError):
+                _accept_from(door, os.getpid() + 1)
+            assert stranger.recv(1) == b"", "it was shown the door"
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as known:
+            known.connect(name)
+            with _accept_from(door, os.getpid()) as end:
+                end.send(b"x")
+                assert known.recv(1) == b"x"

@@ -25,7 +25,8 @@ from headrace.pipeline.link import Link
 from headrace.pipeline.message import Kind, Message, encode
 from headrace.pipeline.nest import leaves
 from headrace.pipeline.replicas.elastic import Centre
-from headrace.pipeline.replicas.server import Checkpoint, Members, Server, Serves, pack, unpack
+from headrace.pipeline.replicas.request import unpack
+from headrace.pipeline.replicas.server import Checkpoint, Members, Server, Serves, pack
 from headrace.pipeline.replicas.shard import Protocol, Shard
 from headrace.pipeline.report import ShardStatistics
 from headrace.pipeline.settings import Settings
@@ -195,7 +196,7 @@ def test_what_is_packed_is_unpacked() -> None:
     body = pack(sent, names)
     assert body[1] is None
     encode(Message(Kind.PUSH, body=body))
-    got = unpack(body, names)
+    got = unpack(body, {name: sent.get(name, torch.zeros(7)) for name in names})
     assert list(got) == ["t", "a", "0", "u"]
     for name, tensor in got.items():
         assert tensor.is_sparse == sent[name].is_sparse and tensor.shape == sent[name].shape
@@ -205,8 +206,8 @@ def test_what_is_packed_is_unpacked() -> None:
 
 
 def test_as_many_tensors_as_weights() -> None:
-    with pytest.raises(ValueError):
-        unpack([torch.ones(1)], ["a", "b"])
+    with pytest.raises(ValueError, match="for 2 weights"):
+        unpack([torch.ones(1)], {"a": torch.ones(1), "b": torch.ones(1)})
 
 
 # Several at once --------------------------------------------------------------------------------
@@ -525,11 +526,18 @@ def test_a_closed_door_opens_to_nobody(open_server: Open) -> None:
             socket.create_connection(("127.0.0.1", place.server.port), timeout=PATIENCE).close()
 
 
-def test_what_goes_wrong_in_the_server_is_told(open_server: Open) -> None:
-    place = open_server(make_shard(), {0, 1}, fails=True)
+def test_what_goes_wrong_in_the_server_is_told(
+    open_server: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def take(*_: object) -> None:
+        raise RuntimeError("no memory is left")
+
+    shard = make_shard()
+    monkeypatch.setattr(shard, "take", take)
+    place = open_server(shard, {0, 1}, fails=True)
     (replica,) = place.meet(0)
-    replica.send(Kind.PUSH, 1, 0, body=[torch.ones(1)])
-    assert isinstance(place.failed.get(timeout=PATIENCE), ValueError)
+    replica.push(gradients(seeded(1)), 0)
+    assert str(place.failed.get(timeout=PATIENCE)) == "no memory is left"
 
 
 def test_a_slow_link_carries_the_answers(open_server: Open) -> None:

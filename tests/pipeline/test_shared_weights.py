@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing import reductions
 
 from headrace.pipeline.errors import InputError
 from headrace.pipeline.layers import Layers
-from headrace.pipeline.shared_weights import ALIGNMENT, ROW, SharedWeights
+from headrace.pipeline.shared_weights import ALIGNMENT, ROW, SharedWeights, _from_json, _to_json
 
 
 class Board:
@@ -88,3 +89,16 @@ def test_another_model_is_refused() -> None:
     share(layers(0), 0, board)
     with pytest.raises(RuntimeError, match=r"replica 0's weights take \d+ bytes, these \d+"):
         share(Layers([("0", nn.Linear(30, 50))]), 1, board)
+
+
+def test_handles_of_a_gpus_memory_travel_as_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch gives them, and as it takes them: nothing is pickled."""
+    kind = torch.storage.TypedStorage
+    given = (
+        torch.Tensor, torch.Size([3, 2]), (2, 1), 5, kind, torch.float16, 0, b"\x00\xff", 64, 16,
+        False, b"counter", 8, b"event", True,
+    )  # fmt: skip
+    taken: list[object] = []
+    monkeypatch.setattr(reductions, "rebuild_cuda_tensor", lambda *each: taken.extend(each))
+    _from_json(json.loads(json.dumps(_to_json(given))), torch.float16)
+    assert tuple(taken) == given

@@ -1,0 +1,53 @@
+"""What the engine says of its arguments must be what a configuration's reader can write."""
+
+import pytest
+
+from headrace.launch.config import parse
+from headrace.launch.wording import in_yaml
+
+
+@pytest.mark.parametrize(
+    ("python", "yaml"),
+    [
+        ("micro_batches=0: give a number", "pipeline.micro_batches is 0: give a number"),
+        ("slack=[1, 1]: give one", "pipeline.slack is [1, 1]: give one"),
+        ("balance=[3, 4] has 7 layers", "pipeline.balance: [3, 4] has 7 layers"),
+        ("stages=3: give a number, or stages=2", "stages is 3: give a number, or stages: 2"),
+        ("write rule=Exact()", "write pipeline.rule: exact"),
+        (
+            "write rule=Delayed(weights='stash'), or schedule='1f1b'",
+            "write pipeline.rule: {class_path: delayed, init_args: {weights: stash}}, or "
+            "pipeline.schedule: '1f1b'",
+        ),
+        (
+            "as in rule=Delayed('stash') with from headrace.pipeline.rules import Delayed",
+            "as in pipeline.rule: {class_path: delayed, init_args: {weights: stash}}",
+        ),
+        (
+            "write replicas=Downpour(4, beside=True)",
+            "write pipeline.replicas: {class_path: downpour, init_args: {count: 4, beside: true}}",
+        ),
+        ("batch_size= beside replicas=Allreduce(…): each", "pipeline.batch_size beside "
+         "pipeline.replicas: allreduce: each"),
+        ("or micro_batches= larger", "or pipeline.micro_batches larger"),
+        ("clip_grad_norm=0: give a number > 0, or None", "pipeline.clip_grad_norm is 0: give a "
+         "number > 0, or null"),
+        ("pipeline.rule: weights='x': write one", "pipeline.rule: weights='x': write one"),
+        ("the loader gave no mini-batch", "the loader gave no mini-batch"),
+        ("reduction='mean', my_stages=3", "reduction='mean', my_stages=3"),
+    ],
+)  # fmt: skip
+def test_keys_for_arguments(python: str, yaml: str) -> None:
+    assert in_yaml(python) == yaml
+
+
+@pytest.mark.parametrize("key", ["pipeline.rule", "pipeline.replicas"])
+def test_what_is_advised_can_be_written(key: str) -> None:
+    advice = {
+        "pipeline.rule": "rule=Delayed(weights='stash')",
+        "pipeline.replicas": "replicas=Downpour(4, beside=True)",
+    }[key]
+    written = in_yaml(advice).removeprefix(f"{key}: ")
+    config = parse(["--config", "tiny", f"--{key}", written])
+    found = config.pipeline.rule if key == "pipeline.rule" else config.pipeline.replicas
+    assert getattr(found, "class_path", "") == advice.partition("=")[2].partition("(")[0].lower()
