@@ -911,15 +911,26 @@ def _some(names: list[str]) -> str:
     return ", ".join(names) if len(names) <= 6 else f"{names[0]} to {names[-1]} ({len(names)})"
 
 
+OTHER = {
+    "rules": "another rule",
+    "corrections": "other corrections",
+    "replicas": "another way of sharing weights",
+    "cut": "another cut",
+}
+
+
 def _carried(found: Checkpoint, stages: int, kinds: dict[str, Any]) -> str:
-    before, now = f"{found.stages} stages", f"{stages} now"
-    if found.stages == stages:
-        other = next((key for key in kinds if kinds[key] != found.kinds.get(key)), "cut")
-        before, now = f"another {other}", "of this pipeline"
+    if found.stages != stages:
+        what = (
+            f"{found.stages} {'stage' if found.stages == 1 else 'stages'}, this pipeline {stages}"
+        )
+    else:
+        differs = next((key for key in kinds if kinds[key] != found.kinds.get(key)), "cut")
+        what = f"{OTHER[differs]} than this pipeline"
     return (
-        f"headrace: {found.folder} is of {before}, and there are {now}: weights, optimizers, "
-        "learning rates and the place in the data carry over; the state of rules, corrections and "
-        "stages' random numbers begins anew"
+        f"headrace: {found.folder} has {what}: weights, optimizers, learning rates and the place "
+        "in the data carry over; the state of rules, corrections and stages' random numbers begins "
+        "anew"
     )
 
 

@@ -1,7 +1,7 @@
 #!/bin/bash
 # Headrace on several machines under Slurm. Edit the lines marked <-, then: sbatch slurm.sh
 # One torchrun a machine, which starts PER_NODE stages there, and starts them again when one fails.
-# With checkpoints (docs/checkpoints.md) they go on: add --resume auto at the end of the command.
+# With checkpoint.every in the configuration (docs/checkpoints.md) they go on where they were.
 
 #SBATCH --job-name=headrace
 #SBATCH --nodes=2                    # <- machines
@@ -30,7 +30,8 @@ train() {
     srun bash -c 'exec torchrun \
         --nnodes "$SLURM_JOB_NUM_NODES" --node-rank "$SLURM_NODEID" --nproc-per-node "$PER_NODE" \
         --master-addr "$FIRST" --master-port "$PORT" --max-restarts 3 \
-        -m headrace.launch.train --config "$CONFIG" --stages "$STAGES"'
+        -m headrace.launch.train --config "$CONFIG" --stages "$STAGES" \
+        --checkpoint.resume auto'
 }
 
 # What another start may mend (a machine, a cable, the end of the time) goes back into the queue.

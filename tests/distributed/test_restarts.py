@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from headrace.pipeline.checkpoints import Checkpoint, Checkpoints
 from headrace.pipeline.replicas import Allreduce, Downpour, Replicas
 
 from ..pipeline.helpers import assert_same, batches_of, momentum, tanh_net
-from .ranks import Launcher, torchrun
+from .ranks import Launcher, free_port, torchrun
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -106,20 +107,22 @@ def test_survivors_of_a_crash_do_not_save(launcher: Launcher, tmp_path: Path) ->
 
 def crash_once(folder: str) -> dict[str, torch.Tensor] | None:
     """The training command; in the first start stage 1 is killed half-way."""
-    first = not Path("killed").exists()
-    if first and os.environ["RANK"] == "1":
-        real, count = torch.optim.SGD.step, [0]
-
-        def step(self: Any, closure: Any = None) -> Any:
-            count[0] += 1
-            if count[0] == 120:
-                Path("killed").touch()
-                os.kill(os.getpid(), signal.SIGKILL)
-            return real(self, closure)
-
-        torch.optim.SGD.step = step  # type: ignore[method-assign]
+    if not Path("killed").exists() and os.environ["RANK"] == "1":
+        _after_updates(120, lambda: [Path("killed").touch(), os.kill(os.getpid(), signal.SIGKILL)])
     train.main(["--config", "digits", "--epochs", "4", "--checkpoint.every", "30", *ARGUMENTS])
     return None
+
+
+def _after_updates(updates: int, act: Callable[[], Any]) -> None:
+    real, count = torch.optim.SGD.step, [0]
+
+    def step(self: Any, closure: Any = None) -> Any:
+        count[0] += 1
+        if count[0] == updates:
+            act()
+        return real(self, closure)
+
+    torch.optim.SGD.step = step  # type: ignore[method-assign]
 
 
 ARGUMENTS = ["--name", "it", "--pipeline.balance", "[6, 5]"]
@@ -144,3 +147,33 @@ def test_torchrun_brings_a_killed_stage_back(tmp_path: Path) -> None:
     ]
     steps = [[json.loads(line)["step"] for line in each] for each in lines]
     assert steps[0] == sorted(steps[0]) and steps[0][-1] == steps[1][-1]
+
+
+def test_the_stages_that_are_left_go_on(tmp_path: Path) -> None:
+    """Of two machines one is lost, with torchrun: the other meets with itself."""
+    settings = "join_timeout=60,last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=2"
+    options = ["--nnodes", "1:2", "--max-restarts", "2", "--rdzv-backend", "c10d"]
+    options += ["--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--local-addr", "127.0.0.1"]
+    agents = [
+        torchrun(tmp_path, lose_a_machine, 1, "", options=[*options, "--rdzv-conf", each])
+        for each in (f"{settings},is_host=true", f"{settings},is_host=false")
+    ]
+    try:
+        out, err = agents[0].communicate(timeout=150)
+    finally:
+        for agent in agents:
+            agent.kill()
+    assert agents[0].returncode == 0, err
+    assert "has 2 stages, this pipeline 1: weights, optimizers, learning rates and the place" in out
+    assert "goes on in epoch" in out
+    assert [p.name for p in (tmp_path / "runs").iterdir()] == ["it"]
+
+
+def lose_a_machine(folder: str) -> None:
+    """The training command; the second of two stages dies half-way, and its torchrun with it."""
+    if os.environ["WORLD_SIZE"] == "2" and os.environ["RANK"] == "1":
+        _after_updates(
+            60, lambda: [os.kill(p, signal.SIGKILL) for p in (os.getppid(), os.getpid())]
+        )
+    own = ["--name", "it", "--stages", "null", "--pipeline.balance", "parameters"]
+    train.main(["--config", "digits", "--epochs", "3", "--checkpoint.every", "20", *own])
