@@ -15,8 +15,9 @@ from headrace.pipeline import Pipeline
 from ..distributed.commands import run_train
 from ..distributed.ranks import Launcher
 from ..distributed.test_simulation import CONFIG
-from ..distributed.training import CASES, run_cases
+from ..distributed.training import CASES, SIZES, run_cases
 from ..pipeline.helpers import OPTIMIZERS, assert_same, batches_of, plain, tanh_net
+from ..pipeline.resuming import run_all
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -63,6 +64,16 @@ def test_ranks_that_share_a_gpu(launcher: Launcher, stages: int) -> None:
             assert rank.reports == alone[name].reports, name
             assert rank.evaluations == alone[name].evaluations, name
             assert rank.predictions.equal(alone[name].predictions), name
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_checkpoint_is_gone_on_with(name: str, tmp_path: Path) -> None:
+    """Dropout draws from the GPU's own generators, of each stage."""
+    found = list(run_all(tmp_path, SIZES[2], [name], device="cuda"))
+    for _, _, whole, again in found:
+        assert_same(again.weights, whole.weights)
+        assert again.evaluation == whole.evaluation
+    assert len(found) == 3
 
 
 def test_a_simulation_is_the_run_of_two_ranks(

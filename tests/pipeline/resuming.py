@@ -52,7 +52,12 @@ def make_loader(seed: int, samples: int = 60) -> "DataLoader[Any]":
 
 
 def go_on(
-    name: str, sizes: list[int], plan: Checkpoints | None, start: Path | None = None, seed: int = 3
+    name: str,
+    sizes: list[int],
+    plan: Checkpoints | None,
+    start: Path | None = None,
+    seed: int = 3,
+    device: str | None = None,
 ) -> Ending:
     """Train to the end, from the beginning or from a checkpoint.
 
@@ -68,7 +73,13 @@ def go_on(
     # The first weights of synthesizers and heads are drawn from a seed that is the user's choice.
     options.setdefault("seed", 29)
     with Pipeline(
-        network(), nn.MSELoss(), case.optimizer, balance=sizes, stages=alone, **options
+        network(),
+        nn.MSELoss(),
+        case.optimizer,
+        balance=sizes,
+        stages=alone,
+        device=device,
+        **options,
     ) as pipe:
         if start is not None:
             pipe.load(start)
@@ -84,12 +95,16 @@ def go_on(
 
 
 def run_all(
-    folder: Path, sizes: list[int], names: list[str], every: int | None = 4
+    folder: Path,
+    sizes: list[int],
+    names: list[str],
+    every: int | None = 4,
+    device: str | None = None,
 ) -> Iterator[tuple[str, Path, Ending, Ending]]:
     """Each case's run, and what becomes of it gone on with from each checkpoint of its."""
     for name in names:
         place = folder / name.replace(" ", "-").replace(",", "")
-        whole = go_on(name, sizes, Checkpoints(place / "saved", every, keep=99))
+        whole = go_on(name, sizes, Checkpoints(place / "saved", every, keep=99), device=device)
         for start in sorted((place / "saved").iterdir()):
             plan = Checkpoints(place / "again", every, keep=99)
-            yield name, start, whole, go_on(name, sizes, plan, start, seed=8)
+            yield name, start, whole, go_on(name, sizes, plan, start, 8, device)
