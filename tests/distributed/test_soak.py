@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from .commands import UNDER_TORCHRUN
 from .ranks import Launcher
 from .soaking import LEAKS, run_leaking_soak, run_soak
 
@@ -12,8 +13,6 @@ pytestmark = [
     pytest.mark.timeout(120),
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc"),
 ]
-
-UNDER_TORCHRUN = {"TORCHELASTIC_RUN_ID": "here"}
 
 
 def test_nothing_grows(launcher: Launcher) -> None:
