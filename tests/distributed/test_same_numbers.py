@@ -1,5 +1,9 @@
 """In one process and on as many ranks as stages: bitwise the same numbers, told to every rank."""
 
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
 import pytest
 
 from ..pipeline.helpers import assert_same
@@ -34,26 +38,28 @@ KINDS: dict[str, tuple[int, str, list[str]]] = {
 
 
 @pytest.fixture(scope="module")
-def accounts(request: pytest.FixtureRequest, launcher: Launcher) -> Accounts:
-    """Of one process alone, and of each rank."""
-    stages, transport, names = KINDS[request.param]
-    given = (stages, False, None, names)
-    outcome = launcher.run(
-        run_cases, stages, *given, seconds=100, environment=TRANSPORTS[transport]
-    )
-    outcome.expect(*[0] * stages)
-    return run_cases(stages, alone=True, names=names), outcome.results
+def run(launcher: Launcher) -> Callable[[str], Accounts]:
+    """Run a kind's cases, once: the accounts of one process alone, and of each rank."""
+
+    @cache
+    def run(kind: str) -> Accounts:
+        stages, transport, names = KINDS[kind]
+        how: dict[str, Any] = {"seconds": 100, "environment": TRANSPORTS[transport]}
+        outcome = launcher.run(run_cases, stages, stages, False, None, names, **how)
+        outcome.expect(*[0] * stages)
+        return run_cases(stages, alone=True, names=names), outcome.results
+
+    return run
 
 
 each_case = pytest.mark.parametrize(
-    ("accounts", "name"),
-    [(kind, name) for kind, (_, _, names) in KINDS.items() for name in names],
-    indirect=["accounts"],
+    ("kind", "name"), [(kind, name) for kind, (*_, names) in KINDS.items() for name in names]
 )
 
 
 @each_case
-def test_one_process_and_many(accounts: Accounts, name: str) -> None:
+def test_one_process_and_many(run: Callable[[str], Accounts], kind: str, name: str) -> None:
+    accounts = run(kind)
     alone, ranks = accounts[0][name], [account[name] for account in accounts[1]]
     assert_same(ranks[0].halfway, alone.halfway)
     assert_same(ranks[0].weights, alone.weights)
@@ -67,7 +73,8 @@ def test_one_process_and_many(accounts: Accounts, name: str) -> None:
 
 
 @each_case
-def test_every_rank_is_told_the_same(accounts: Accounts, name: str) -> None:
+def test_every_rank_is_told_the_same(run: Callable[[str], Accounts], kind: str, name: str) -> None:
+    accounts = run(kind)
     first, *others = [account[name] for account in accounts[1]]
     for other in others:
         assert_same(other.halfway, first.halfway)
@@ -81,7 +88,10 @@ def test_every_rank_is_told_the_same(accounts: Accounts, name: str) -> None:
 
 
 @each_case
-def test_every_rank_has_its_own_parameters(accounts: Accounts, name: str) -> None:
+def test_every_rank_has_its_own_parameters(
+    run: Callable[[str], Accounts], kind: str, name: str
+) -> None:
+    accounts = run(kind)
     ranks = [account[name] for account in accounts[1]]
     names = [n for rank in ranks for n in rank.own]
     assert names == list(accounts[0][name].own), "each in one stage, in the model's order"
