@@ -48,7 +48,8 @@ class Sample:
     def from_numbers(cls, numbers: Sequence[float]) -> "Sample":
         """Read what `numbers` wrote."""
         *counts, processor, wall = numbers
-        return cls(*map(int, counts), processor, wall)
+        i, memory, objects, device_memory, threads, files, segments = map(int, counts)
+        return cls(i, memory, objects, device_memory, threads, files, segments, processor, wall)
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def take(micro_batches: int, processor: float, wall: float) -> Sample:
         micro_batches=micro_batches,
         memory=pages * mmap.PAGESIZE,
         objects=len(gc.get_objects()),
-        device_memory=torch.cuda.memory_allocated() if torch.cuda.is_initialized() else 0,
+        device_memory=torch.cuda.memory_allocated(),
         threads=len(os.listdir("/proc/self/task")),
         files=len(os.listdir("/proc/self/fd")),
         segments=sum("/memfd:headrace" in line or "/dev/shm/" in line for line in maps),

@@ -62,7 +62,7 @@ def _data() -> tuple[Iterator[Batch], list[Batch]]:
     if rank() > 0:
         return iter(()), []
     test = Digits("test")
-    batches = zip(test.inputs.split(BATCH), test.targets.split(BATCH), strict=True)
+    batches = zip(*(torch.split(each, BATCH) for each in (test.inputs, test.targets)), strict=True)
     return _forever(Digits("train")), list(batches)
 
 
