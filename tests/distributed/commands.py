@@ -1,17 +1,31 @@
 """The commands as programs of a job's ranks, without torchrun's own start."""
 
-from headrace.launch import serve, throughput, train
+import os
+from pathlib import Path
 
-__all__ = ["run_serve", "run_throughput", "run_train"]
+from headrace.launch import serve, sharpness, throughput, train
+
+__all__ = ["UNDER_TORCHRUN", "run_serve", "run_sharpness", "run_throughput", "run_train"]
+
+UNDER_TORCHRUN = {"TORCHELASTIC_RUN_ID": "here"}
+"""What a command knows torchrun by."""
 
 
-def run_train(arguments: list[str]) -> None:
+def run_train(arguments: list[str], folder: Path = Path()) -> None:
+    os.chdir(folder)
     train.main(arguments)
 
 
-def run_serve(arguments: list[str]) -> None:
+def run_serve(arguments: list[str], folder: Path = Path()) -> None:
+    os.chdir(folder)
     serve.main(arguments)
 
 
-def run_throughput(arguments: list[str]) -> None:
+def run_throughput(arguments: list[str], folder: Path = Path()) -> None:
+    os.chdir(folder)
     throughput.main(arguments)
+
+
+def run_sharpness(arguments: list[str], folder: Path = Path()) -> None:
+    os.chdir(folder)
+    sharpness.main(arguments)

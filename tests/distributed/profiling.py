@@ -1,10 +1,7 @@
 """Programs that look at timelines, links and buffers of a pipeline of several processes."""
 
-import mmap
-import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +16,7 @@ from headrace.pipeline.shared_memory import SLOTS
 
 from ..pipeline.helpers import momentum
 
-__all__ = ["Account", "look", "train_for_long", "tune", "watch_channels"]
+__all__ = ["Account", "look", "tune", "watch_channels"]
 
 WIDTH = 256
 SAMPLES = 64
@@ -113,20 +110,3 @@ def _noting_takes(inbox: HostInbox, seen: dict[int, float]) -> Callable[[], Mess
         return message
 
     return noting
-
-
-def train_for_long(rounds: int) -> list[tuple[int, int, int, float]]:
-    """Train round after round of 100 micro-batches: after each, the process's resident bytes, its
-    threads and open files, and the seconds that the round took.
-    """
-    pipe, batches = build(width=64, samples=16)  # 4 KiB: not in the frame
-    found = []
-    with pipe:
-        for _ in range(rounds):
-            start = time.perf_counter()
-            pipe.train(batches * 3 + batches[:10])
-            seconds = time.perf_counter() - start
-            pages = int(Path("/proc/self/statm").read_text().split()[1])
-            tasks, files = (len(os.listdir(f"/proc/self/{what}")) for what in ("task", "fd"))
-            found.append((pages * mmap.PAGESIZE, tasks, files, seconds))
-    return found

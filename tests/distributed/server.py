@@ -15,6 +15,7 @@ import torch
 
 import headrace.pipeline  # noqa: F401
 from tests.distributed import (  # noqa: F401
+    commands,
     failing,
     nonfinite,
     payloads,

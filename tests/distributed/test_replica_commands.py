@@ -1,6 +1,7 @@
 """Replicas from a configuration, of every kind: what the commands write, and what they refuse."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from ..launch.test_replicas import CONFIG
-from .commands import run_serve, run_throughput, run_train
+from .commands import UNDER_TORCHRUN, run_serve, run_throughput, run_train
 from .ranks import Launcher, Outcome
 
 pytestmark = pytest.mark.timeout(120)
@@ -19,8 +20,7 @@ KINDS = {"allreduce": 4, "hogwild": 4, "downpour": 6, "elastic": 6}
 def run(launcher: Launcher, program: Any, ranks: int, folder: Path, *overrides: str) -> Outcome:
     (folder / "small.yaml").write_text(CONFIG)
     arguments = ["--config", str(folder / "small.yaml"), *overrides]
-    environment = {"TORCHELASTIC_RUN_ID": "here"}
-    return launcher.run(program, ranks, arguments, environment=environment)
+    return launcher.run(program, ranks, arguments, environment=UNDER_TORCHRUN)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -41,7 +41,9 @@ def test_every_kind(launcher: Launcher, tmp_path: Path, kind: str) -> None:
     weights = torch.load(folder / "weights.pt", weights_only=True)
     assert set(weights) == {f"{k}.{n}" for k in (1, 3, 5) for n in ("weight", "bias")}
     assert ("servers" in found) == (kind in ("downpour", "elastic"))
+    assert outcome.out[0].count("test accuracy") == 1
     if kind == "downpour":
+        assert re.search(r"server of stage 1 +40 updates, staleness \d", outcome.out[0])
         assert [row["updates"] for row in found["servers"]] == [40, 40]
         assert [row["pushed"] for row in found["servers"]] == [{"0": 20, "1": 20}] * 2
         lines = (folder / "metrics.jsonl").read_text().splitlines()

@@ -9,7 +9,7 @@ import torch
 from headrace.launch.simulate import main
 from headrace.launch.simulation.run import fingerprint
 
-from .commands import run_train
+from .commands import UNDER_TORCHRUN, run_train
 from .ranks import Launcher
 
 pytestmark = pytest.mark.timeout(120)
@@ -49,9 +49,7 @@ def test_the_weights_of_two_and_four_processes(
             file = tmp_path / f"{weights}{stages}.yaml"
             file.write_text(run["config"])
             arguments[weights] = ["--config", str(file), "--name", file.stem]
-        jobs = launcher.run_many(
-            run_train, stages, arguments, environment={"TORCHELASTIC_RUN_ID": "here"}
-        )
+        jobs = launcher.run_many(run_train, stages, arguments, environment=UNDER_TORCHRUN)
         for weights, outcome in jobs.items():
             outcome.expect(*[0] * stages)
             (folder,) = launcher.folder.glob(f"*/runs/{weights}{stages}")

@@ -225,7 +225,7 @@ def test_what_is_advised_leaves_nothing_more_to_advise() -> None:
     """The slack must be that of the cut advised along with it."""
     dice = random.Random(0)
     advised: list[str] = []
-    for _ in range(12):
+    for _ in range(8):
         n = dice.choice([2, 3])
         sizes = [dice.randint(1, 3) for _ in range(n)]
         layers = sum(sizes)

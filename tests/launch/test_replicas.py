@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -20,6 +19,9 @@ from headrace.launch.run_files import RunFiles
 from headrace.pipeline.corrections import DelayCompensation, LearningRate
 from headrace.pipeline.corrections.learning_rate import inverse_sqrt
 from headrace.pipeline.replicas import Allreduce, Downpour, Elastic, Hogwild
+
+from ..distributed.commands import UNDER_TORCHRUN, run_serve, run_train
+from ..distributed.ranks import Job, Launcher, free_port
 
 CONFIG = """\
 stages: 2
@@ -74,26 +76,23 @@ def summary(run: str) -> dict[str, Any]:
     return found
 
 
-def test_downpour_from_a_configuration(folder: Path) -> None:
-    """By torchrun itself; the other kinds are in tests/distributed."""
-    out, err = finish(start("train", 6, "--pipeline.replicas", "downpour"))
-    assert err == ""
-    assert "small  2 replicas of 2 stages" in out
-    assert out.count("test accuracy") == 1
-    assert re.search(r"server of stage 1 +40 updates, staleness \d", out)
+def test_servers_and_replicas_as_jobs_of_their_own(
+    launcher: Launcher, no_rank_is_left: None, folder: Path
+) -> None:
+    def begin(program: Any, *overrides: str) -> Job:
+        arguments = ["--config", "small.yaml", "--pipeline.replicas", "downpour", *with_port]
+        given = [*arguments, *overrides]
+        return launcher.start(program, 2, given, folder, environment=UNDER_TORCHRUN)
 
-
-def test_servers_and_replicas_as_jobs_of_their_own(folder: Path) -> None:
-    shared = ["--pipeline.replicas", "downpour", "--pipeline.replicas.init_args.count", "2"]
-    with_port = [*shared, "--pipeline.replicas.init_args.address", f"127.0.0.1:{_free_port()}"]
-    kept = ["--pipeline.replicas.init_args.checkpoint", "kept"]
-    servers = start("serve", 2, *with_port, *kept)
-    jobs = [start("train", 2, *with_port, "--name", f"replica-{k}") for k in range(2)]
-    for job in jobs:
-        out, err = finish(job)
-        assert err == ""
-    out, err = finish(servers)
-    assert err == ""
+    with_port = ["--pipeline.replicas.init_args.count", "2"]
+    with_port += ["--pipeline.replicas.init_args.address", f"127.0.0.1:{free_port()}"]
+    servers = begin(run_serve, "--pipeline.replicas.init_args.checkpoint", "kept")
+    jobs = [begin(run_train, "--name", f"replica-{k}") for k in range(2)]
+    for job in [*jobs, servers]:
+        outcome = job.wait()
+        outcome.expect(0, 0)
+        assert not any(outcome.err)
+    out = "".join(outcome.out)
     assert "replica 0 has joined" in out and "replica 1 has finished" in out
     assert out.count("40 updates, staleness") == 2
     for stage in range(2):
@@ -103,16 +102,8 @@ def test_servers_and_replicas_as_jobs_of_their_own(folder: Path) -> None:
         assert summary(f"replica-{k}")["stages"][0]["updates"] == 20
 
 
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
-
-
 def test_a_signal_ends_the_servers(folder: Path) -> None:
-    address = ["--pipeline.replicas.init_args.address", f"127.0.0.1:{_free_port()}"]
+    address = ["--pipeline.replicas.init_args.address", f"127.0.0.1:{free_port()}"]
     count = ["--pipeline.replicas", "downpour", "--pipeline.replicas.init_args.count", "2"]
     servers = start("serve", 1, "--stages", "1", *count, *address)
     assert servers.stdout is not None

@@ -1,10 +1,8 @@
 """The sharpness command: figures, files, refusals, alone and under torchrun; and its study."""
 
 import json
-import os
 import re
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,6 +34,9 @@ from headrace.launch.studies.large_batch import (
     train_until,
     warm,
 )
+
+from ..distributed.commands import UNDER_TORCHRUN, run_sharpness
+from ..distributed.ranks import Launcher
 
 pytest.importorskip("scipy")
 
@@ -199,21 +200,17 @@ def test_data_that_differs_from_pass_to_pass(
     sys.modules.pop("my_noise", None)
 
 
-def test_stages_and_torchrun_do_not_change_a_figure() -> None:
-    """Under torchrun only the first rank has the data, and all run the solver in step."""
+def test_stages_and_ranks_do_not_change_a_figure(launcher: Launcher) -> None:
+    """Of several ranks only the first rank has the data, and all run the solver in step."""
     arguments = ["--checkpoint", "runs/a", *FEW, "--pipeline.balance", "parameters", "--out"]
     for stages in ("1", "2"):
         main([*arguments, stages, "--stages", stages])
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "2", "-m", "headrace.launch.sharpness", *arguments, "torchrun"]
-    done = subprocess.run(
-        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-        timeout=200,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("lambda_max") == 1
-    assert done.stderr == ""
-    assert result("1") == result("2") == result("torchrun")
+    given, environment = [*arguments, "ranks"], UNDER_TORCHRUN
+    outcome = launcher.run(run_sharpness, 2, given, Path.cwd(), environment=environment)
+    outcome.expect(0, 0)
+    assert outcome.out[0].count("lambda_max") == 1 and not outcome.out[1]
+    assert outcome.err == ["", ""]
+    assert result("1") == result("2") == result("ranks")
 
 
 # The study ----------------------------------------------------------------------------------

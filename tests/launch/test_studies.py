@@ -100,7 +100,7 @@ def test_studies_are_the_same_again() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_the_claims_hold_on_a_short_study(capsys: pytest.CaptureFixture[str]) -> None:
-    """The acceptance table of synthetic gradients with one seed, digits half as long."""
+    """The acceptance table of synthetic gradients with one seed, digits a third as long."""
     synthetic(["--seeds", "1", "--quick"])
     out = capsys.readouterr().out
     assert len(re.findall(r"^holds ", out, re.M)) == 5, out

@@ -16,6 +16,9 @@ from headrace.launch.config import parse
 from headrace.launch.profiling.systems import DEFAULT_ROWS, SYSTEMS, default_rows, observed
 from headrace.launch.throughput import main, parse_command
 
+from ..distributed.commands import UNDER_TORCHRUN, run_throughput
+from ..distributed.ranks import Launcher, Outcome
+
 pytestmark = pytest.mark.timeout(180)
 
 ODD = """\
@@ -107,19 +110,31 @@ class Run:
         return [row for row in self.table["rows"] if row["system"] == system]
 
 
-def start(folder: Path, config: str, *options: str) -> "subprocess.CompletedProcess[str]":
+def start(launcher: Launcher, folder: Path, config: str, *options: str) -> Outcome:
+    """On two ranks, without torchrun's own start."""
+    (folder / "mine.yaml").write_text(config)
+    given = ["--config", "mine.yaml", *options]
+    how: dict[str, Any] = {"seconds": 170, "environment": UNDER_TORCHRUN}
+    return launcher.run(run_throughput, 2, given, folder, **how)
+
+
+def run(launcher: Launcher, folder: Path, config: str, *options: str) -> Run:
+    outcome = start(launcher, folder, config, *options)
+    outcome.expect(0, 0)
+    assert not outcome.out[1]
+    return Run(folder / "out", outcome.out[0])
+
+
+def run_by_torchrun(folder: Path, config: str, *options: str) -> Run:
+    """As a user does."""
     (folder / "mine.yaml").write_text(config)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", "2", "-m", "headrace.launch.throughput"]
-    return subprocess.run(
+    done = subprocess.run(
         [*command, "--config", "mine.yaml", *options],
         cwd=folder, capture_output=True, text=True, timeout=170,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-
-
-def run(folder: Path, config: str, *options: str) -> Run:
-    done = start(folder, config, *options)
     assert done.returncode == 0, done.stdout + done.stderr
     return Run(folder / "out", done.stdout)
 
@@ -129,15 +144,17 @@ def profile(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """All kinds of rows, and all that can be asked for."""
     options = ["--rounds", "2", "--steps", "15", "--micro-batches", "2", "4", "5", "--out", "out"]
     asked = ["--predict", "--fix", "--torch-profiler"]
-    return run(tmp_path_factory.mktemp("profile"), CONFIG, *options, *asked, "--rows", *ROWS)
+    return run_by_torchrun(
+        tmp_path_factory.mktemp("profile"), CONFIG, *options, *asked, "--rows", *ROWS
+    )
 
 
 @pytest.fixture(scope="module")
-def slow_links(tmp_path_factory: pytest.TempPathFactory) -> Run:
+def slow_links(launcher: Launcher, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Emulated devices behind emulated links, on a terminal's terms."""
     options = ["--rounds", "2", "--out", "out", "--link-latency-ms", "5", "--timeline", "text"]
     rows = ["--rows", "one-device", "stream:stash", "stream:stash+auto", "torch-1f1b"]
-    return run(tmp_path_factory.mktemp("links"), EMULATED, *options, *rows, "--predict")
+    return run(launcher, tmp_path_factory.mktemp("links"), EMULATED, *options, *rows, "--predict")
 
 
 # The table -----------------------------------------------------------------------------------
@@ -247,21 +264,21 @@ def test_emulated_is_said_everywhere(slow_links: Run) -> None:
 # Models of other kinds -----------------------------------------------------------------------
 
 
-def test_layers_that_pass_tuples(tmp_path: Path) -> None:
+def test_layers_that_pass_tuples(launcher: Launcher, tmp_path: Path) -> None:
     (tmp_path / "odd_layers.py").write_text(LAYERS)
     rows = ["stream:stash", "torch-1f1b", "ddp"]
     options = ["--pipeline.balance", "[2, 1]", "--rounds", "1", "--steps", "5", "--out", "out"]
     more = ["--micro-batches", "2", "--timeline", "none", "--rows", *rows]
-    done = run(tmp_path, ODD, *options, *more)
+    done = run(launcher, tmp_path, ODD, *options, *more)
     assert [row["not_run"] for row in done.table["rows"]] == [None] * 3
 
 
-def test_a_row_that_fails_is_named(tmp_path: Path) -> None:
+def test_a_row_that_fails_is_named(launcher: Launcher, tmp_path: Path) -> None:
     (tmp_path / "odd_layers.py").write_text(LAYERS)
     options = ["--pipeline.balance", "[2, 2]", "--rounds", "1", "--model.init_args.breaks", "true"]
-    done = start(tmp_path, ODD, *options, "--steps", "30", "--rows", "one-device")
-    assert done.returncode != 0
-    assert "headrace: row one-device failed on rank 0: RuntimeError: enough" in done.stderr
+    done = start(launcher, tmp_path, ODD, *options, "--steps", "30", "--rows", "one-device")
+    assert all(done.codes)
+    assert "headrace: row one-device failed on rank 0: RuntimeError: enough" in done.reports
 
 
 # Timelines -----------------------------------------------------------------------------------
@@ -386,7 +403,7 @@ def test_one_rank_has_nothing_to_compare(monkeypatch: pytest.MonkeyPatch) -> Non
         parse_command(["--config", "dnn"])
 
 
-def test_a_refusal_is_one_line(tmp_path: Path) -> None:
+def test_a_refusal_is_one_line(launcher: Launcher, tmp_path: Path) -> None:
     for option, value, said in (
         ("--data.batch_size", "1000", "data.train: 160 samples make no mini-batch of 1000"),
         (
@@ -395,10 +412,9 @@ def test_a_refusal_is_one_line(tmp_path: Path) -> None:
             "1 layer cannot make 2 stage",
         ),
     ):
-        done = start(tmp_path, CONFIG, option, value)
-        assert done.returncode != 0
-        (line,) = [line for line in done.stderr.splitlines() if line.startswith("headrace: ")]
-        assert line.startswith(f"headrace: {said}")
+        done = start(launcher, tmp_path, CONFIG, option, value)
+        done.expect(2, 2)
+        assert done.report.startswith(f"headrace: {said}")
 
 
 def test_rows_have_names() -> None:
@@ -415,12 +431,12 @@ def test_rows_have_names() -> None:
     assert observed(["one-device"]) == "stream:stash"
 
 
-def test_rules_that_wait_for_no_gradient(tmp_path: Path) -> None:
+def test_rules_that_wait_for_no_gradient(launcher: Launcher, tmp_path: Path) -> None:
     """Their rows, and a profile of a configuration that has such a rule."""
     rule = ["--pipeline.rule", "synthetic", "--pipeline.rule.init_args.synthesizer", "linear"]
     rows = ["stream:configured", "stream:synthetic+free", "stream:synthetic+unlock", "stream:local"]
     more = ["--rounds", "1", "--steps", "20", "--out", "out", "--timeline", "text", "--predict"]
-    done = run(tmp_path, CONFIG, *rule, *more, "--rows", "one-device", "ceiling", *rows)
+    done = run(launcher, tmp_path, CONFIG, *rule, *more, "--rows", "one-device", "ceiling", *rows)
     for name in rows:
         (row,) = done.rows(name)
         assert row["samples_per_second"] > 0

@@ -24,6 +24,9 @@ from headrace.launch.display import ProgressLine, amount, duration, per_stage
 from headrace.launch.run_files import RunFiles
 from headrace.launch.train import main
 
+from ..distributed.commands import UNDER_TORCHRUN, run_train
+from ..distributed.ranks import Launcher
+
 TINY = """\
 stages: 2
 epochs: 2
@@ -412,11 +415,8 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-@pytest.mark.parametrize("widths", ["[6, 8, 8, 3]", "[6, 200, 400, 3]"])  # large tensors, too
-def test_torchrun_gives_the_same_weights_and_only_the_first_rank_speaks(
-    folder: Path, widths: str
-) -> None:
-    wide = ("--model.init_args.widths", widths)
+def test_torchrun_gives_the_same_weights_and_only_the_first_rank_speaks(folder: Path) -> None:
+    wide = ("--model.init_args.widths", "[6, 200, 400, 3]")  # large tensors, too
     train(*wide)
     done = subprocess.run(
         command("--config", "tiny.yaml", *wide, ranks=2),
@@ -440,32 +440,48 @@ def test_torchrun_gives_the_same_weights_and_only_the_first_rank_speaks(
         (["--pipeline.balance", "[1, 1]"], "balance=[1, 1]"),
     ],
 )
-def test_torchrun_prints_a_refusal_once(folder: Path, overrides: list[str], line: str) -> None:
+def test_ranks_print_a_refusal_once(
+    launcher: Launcher, folder: Path, overrides: list[str], line: str
+) -> None:
+    given = ["--config", "tiny.yaml", *overrides]
+    outcome = launcher.run(run_train, 2, given, folder, environment=UNDER_TORCHRUN)
+    outcome.expect(2, 2)
+    assert line in outcome.report
+    assert not Path("runs").exists()
+
+
+def test_torchrun_prints_a_refusal_once(folder: Path) -> None:
+    """It ends the ranks as soon as one has ended: not before the line is out."""
     done = subprocess.run(
-        command("--config", "tiny.yaml", *overrides, ranks=2),
+        command("--config", "tiny.yaml", "--data.train.init_args.samples", "0", ranks=2),
         env=environment(), capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 1  # torchrun's own, whatever its workers return
     ours = [each for each in done.stderr.splitlines() if each.startswith("headrace: ")]
-    assert len(ours) == 1 and line in ours[0]
+    assert len(ours) == 1 and "data.train: samples=0" in ours[0]
     assert re.search(r"exitcode +: 2 ", done.stderr)
     assert not Path("runs").exists()
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_a_run_of_one_process(folder: Path, number: int, code: int) -> None:
-    process = subprocess.Popen(
-        command("--config", "tiny.yaml", "--epochs", "100000"),
-        env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+def test_a_signal_ends_a_run_of_one_process(folder: Path) -> None:
+    codes = {signal.SIGINT: 130, signal.SIGTERM: 143}
+    processes = {
+        number: subprocess.Popen(
+            command("--config", "tiny.yaml", "--epochs", "100000", "--name", number.name),
+            env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for number in codes
+    }  # fmt: skip
     try:
-        metrics, end = Path("runs/tiny/metrics.jsonl"), time.monotonic() + 60
-        while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < end:
-            time.sleep(0.05)
-        process.send_signal(number)
-        _, errors = process.communicate(timeout=10)
+        for number, process in processes.items():
+            metrics, end = Path(f"runs/{number.name}/metrics.jsonl"), time.monotonic() + 60
+            while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < end:
+                time.sleep(0.05)
+            process.send_signal(number)
+            _, errors = process.communicate(timeout=10)
+            assert process.returncode == codes[number]
+            assert errors == f"headrace: stopped by {number.name}\n"
+            assert events(number.name)  # every line is whole
     finally:
-        process.kill()
-    assert process.returncode == code
-    assert errors == f"headrace: stopped by {signal.Signals(number).name}\n"
-    assert events("tiny")  # every line is whole
+        for process in processes.values():
+            process.kill()

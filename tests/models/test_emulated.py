@@ -33,11 +33,14 @@ def test_over_many_layers_the_times_are_as_given() -> None:
 
 def test_what_happens_between_layers_is_not_taken_off() -> None:
     layer, x = EmulatedLayer(forward_ms=5, backward_ms=0, width=8), torch.randn(2, 8)
-    layer(x)
-    time.sleep(0.05)
     start = time.perf_counter()
     layer(x)
-    assert time.perf_counter() - start > 0.004
+    middle = time.perf_counter()
+    time.sleep(0.05)
+    resumed = time.perf_counter()
+    layer(x)
+    # The two together: what the first took too long, on a busy machine, the second makes up for.
+    assert middle - start + time.perf_counter() - resumed > 0.009
 
 
 def test_times_are_in_proportion_to_the_samples_where_told() -> None:

@@ -39,19 +39,19 @@ def test_more_in_flight_at_the_first_stage_alone_does_not_help() -> None:
 
 def test_the_choice_is_the_least_of_all_that_are_fast_enough() -> None:
     dice = random.Random(0)
-    for _ in range(30):
+    for _ in range(20):
         stages = dice.choice([2, 3, 3, 4])
         seconds = [dice.uniform(0.5, 1) for _ in range(stages)]
         hops = [dice.choice([0.01, 0.2, 0.5, 1.0, 1.6]) * dice.random() for _ in range(stages - 1)]
         chosen, _ = choose_slack(seconds, hops)
         goal = TOLERANCE * max(seconds)
-        enough = [
+        assert period(seconds, hops, chosen) <= goal
+        less = [
             slack
-            for slack in itertools.product(range(5), repeat=stages - 1)
-            if period(seconds, hops, slack) <= goal
+            for slack in itertools.product(range(min(5, sum(chosen))), repeat=stages - 1)
+            if sum(slack) < sum(chosen) and period(seconds, hops, slack) <= goal
         ]
-        assert tuple(chosen) in enough
-        assert sum(chosen) == min(map(sum, enough)), (seconds, hops)
+        assert not less, (seconds, hops)
 
 
 def test_a_link_too_slow_to_hide_gets_the_most_and_the_others_what_they_need() -> None:
