@@ -153,7 +153,7 @@ def _work(options: argparse.Namespace) -> int:
     """On every rank; the first one prints. The exit code."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        files = RunFiles("soak", "", Path(folder)) if rank() == 0 else None
+        files = RunFiles(Path(folder), "") if rank() == 0 else None
         log = partial(_log, files) if files else None
         found, scores = soak(options.micro_batches, options.every, options.device, log)
         if files:
