@@ -46,7 +46,7 @@ class CheckpointOptions:
     ] = None
     keep: Annotated[int, "how many are kept, in runs/NAME/checkpoints"] = 2
     resume: Annotated[
-        str | None, "auto: the newest of the run NAME, if it was stopped; or a checkpoint's folder"
+        str | None, "auto: go on with the run NAME if it was stopped; or a checkpoint"
     ] = None
 
 

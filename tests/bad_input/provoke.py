@@ -80,7 +80,7 @@ def _started_by_torchrun(ranks: int) -> Iterator[None]:
         "TORCHELASTIC_RUN_ID": "test",
         "RANK": "0",
         "LOCAL_RANK": "0",
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_USE_AGENT_STORE": "False",
         "WORLD_SIZE": str(ranks),
         "LOCAL_WORLD_SIZE": str(ranks),
         "MASTER_ADDR": "127.0.0.1",

@@ -15,7 +15,7 @@ import torch
 from headrace.launch.assemble import make_corrections, make_pipeline, make_replicas
 from headrace.launch.config import parse
 from headrace.launch.display import bars
-from headrace.launch.run_files import RunFiles
+from headrace.launch.run_files import RunFiles, new_folder
 from headrace.pipeline.corrections import DelayCompensation, LearningRate
 from headrace.pipeline.corrections.learning_rate import inverse_sqrt
 from headrace.pipeline.replicas import Allreduce, Downpour, Elastic, Hogwild
@@ -175,7 +175,7 @@ def test_alone_replicas_are_refused(folder: Path) -> None:
 def test_a_histogram_in_the_files(folder: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    files = RunFiles("x", "")
+    files = RunFiles(new_folder(Path("runs"), "x"), "")
     files.histogram("staleness of stage 1", 40, {0: 3, 2: 5})
     files.close()
     line = json.loads((files.folder / "metrics.jsonl").read_text())

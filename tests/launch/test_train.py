@@ -21,7 +21,7 @@ from rich.console import Console
 from headrace.launch.assemble import expected_staleness, make_loader, updates
 from headrace.launch.config import parse
 from headrace.launch.display import ProgressLine, amount, duration, per_stage
-from headrace.launch.run_files import RunFiles
+from headrace.launch.run_files import RunFiles, new_folder
 from headrace.launch.train import main
 
 from ..distributed.commands import UNDER_TORCHRUN, run_train
@@ -165,7 +165,7 @@ def test_the_seed_makes_the_run(folder: Path) -> None:
 
 
 def test_metrics_are_on_disk_line_by_line_and_have_no_nan(folder: Path) -> None:
-    files = RunFiles("x", "")
+    files = RunFiles(new_folder(Path("runs"), "x"), "")
     files.log("progress", 8, {"loss": float("nan"), "staleness": (1.0, float("inf"))})
     line = json.loads(Path("runs/x/metrics.jsonl").read_text())
     assert line == {"event": "progress", "step": 8, "loss": None, "staleness": [1.0, None]}
