@@ -803,11 +803,19 @@ class Pipeline:
 
         def restoring(engine: Engine) -> None:
             stage = engine.stage
-            stage.load_state_dict(weights)
-            if same:
-                restore(engine, states[stage.index], found.depths)
-            else:
-                recut(engine, [*states.values()])
+            try:
+                stage.load_state_dict(weights)
+                if same:
+                    restore(engine, states[stage.index], found.depths)
+                else:
+                    recut(engine, [*states.values()])
+            except (KeyError, TypeError, IndexError, AttributeError, RuntimeError) as error:
+                raise CheckpointError(
+                    f"{found.folder} does not fit stage {stage.index} of this pipeline "
+                    f"({type(error).__name__}: {first_line(error)}): it was written for other "
+                    "layers, or by another version; load_state_dict(load_weights(…)) takes what it "
+                    "has of weights"
+                ) from error
             if (shard := stage.peers.shard) is not None:
                 self._restore_server(shard, found, same)
             self._await_server(stage.index)

@@ -95,8 +95,15 @@ def unpack(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
         return {key: unpack(each, tensors) for key, each in tree.items()}
     try:
         return _unpack_marked(mark, tree, tensors)
-    except (KeyError, TypeError, IndexError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"{str(tree)[:80]!r} is not what was written there ({error})") from error
+    except _NoStateError:
+        raise
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError, RuntimeError) as error:
+        text = f"{str(tree)[:80]!r} is not what was written there ({error})"
+        raise _NoStateError(text) from error
+
+
+class _NoStateError(ValueError):
+    """Names the innermost part that is none."""
 
 
 def _unpack_marked(mark: str, tree: dict[str, Any], tensors: Mapping[str, Tensor]) -> Any:

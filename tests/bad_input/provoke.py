@@ -34,7 +34,7 @@ def provoke(row: Row, folder: Path) -> tuple[int | type[Exception], str]:
     (folder / "tiny.yaml").write_text(CONFIG)
     for name, text in row.files.items():
         path = folder / name
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(exist_ok=True, parents=True)
         path.write_text(text or "")
     with contextlib.chdir(folder), warnings.catch_warnings():
         warnings.simplefilter("ignore")

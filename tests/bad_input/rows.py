@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from headrace.pipeline import Link, Pipeline
 from headrace.pipeline.batch_size import Geometric, Steps
+from headrace.pipeline.checkpoints import Checkpoints
 from headrace.pipeline.corrections import (
     AsynchronousNesterov,
     LearningRate,
@@ -1300,5 +1301,56 @@ ROWS = (
         "latency=-1.0: give seconds, 0 or more",
         ValueError,
         act=partial(Link, latency=-1.0),
+    ),
+    # Checkpoints
+    Row(
+        "no mini-batches between two checkpoints",
+        "checkpoint.every must be at least 1, not 0",
+        command="train",
+        arguments="--checkpoint.every 0",
+    ),
+    Row(
+        "a word that is no interval",
+        "checkpoint.every must be a whole number, or epoch, or null, not 'hourly'",
+        command="train",
+        arguments="--checkpoint.every hourly",
+    ),
+    Row(
+        "a checkpoint that is not there",
+        "there is no runs/mine: write a checkpoint's folder, or that of several",
+        command="train",
+        arguments="--checkpoint.resume runs/mine",
+    ),
+    Row(
+        "a folder without a checkpoint",
+        ("no checkpoint is in notes (there is a.txt): one is a folder with checkpoint.json"),
+        command="train",
+        arguments="--checkpoint.resume notes",
+        files={"notes/a.txt": "x"},
+    ),
+    Row(
+        "a manifest that was cut short",
+        (
+            "no checkpoint in bad is whole: bad/step/checkpoint.json is no manifest of a "
+            "checkpoint (…): the checkpoint is damaged; go on from an older one, or remove it"
+        ),
+        command="train",
+        arguments="--checkpoint.resume bad",
+        files={"bad/step/checkpoint.json": "{"},
+    ),
+    Row(
+        "checkpoints in the middle of a pass, of replicas",
+        (
+            "checkpoint.every is 5, and pipeline.replicas are at different places in the middle "
+            "of a pass: write checkpoint.every: epoch"
+        ),
+        command="train",
+        arguments="--checkpoint.every 5 --pipeline.replicas allreduce",
+    ),
+    Row(
+        "a checkpoint of a number of none",
+        "keep=0: give a whole number >= 1",
+        ValueError,
+        act=partial(Checkpoints, "x", keep=0),
     ),
 )
