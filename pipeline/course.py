@@ -29,12 +29,18 @@ class Course:
         self._generators: list[torch.Generator] = []
         self._began: Mapping[str, Any] | None = None
         self._here: Mapping[str, Any] = {}
+        # A DataLoader's persistent workers draw a seed when they are started, and not again.
+        self._warm = False
         self._resumes: Mapping[str, Any] | None = None
 
     def begin(self, loader: Iterable[Any]) -> None:
         """A call of `train` begins: note the random states, or take on those of a checkpoint."""
         self._generators = _generators_of(loader)
+        self._warm = getattr(loader, "_iterator", None) is not None
         if self._resumes is not None:
+            if self._resumes["warm"] and not self._warm and hasattr(loader, "_iterator"):
+                iter(loader)
+                self._warm = True
             began = self._resumes["began"]
             _restore(self._resumes["now"] if began is None else began, self._generators)
         self._began = self._here = _capture(self._generators)
@@ -88,7 +94,7 @@ class Course:
         if self._resumes is not None:  # nothing was read since
             return dict(self._resumes) | {"position": _plain(self.position)}
         now = _capture(self._generators)
-        states = {"began": self._began, "here": self._here, "now": now}
+        states = {"began": self._began, "here": self._here, "now": now, "warm": self._warm}
         return {"position": _plain(self.position), **states}
 
     def load_state_dict(self, state: Mapping[str, Any], share: float = 1) -> None:

@@ -3,9 +3,15 @@
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from headrace.pipeline import Pipeline
+from headrace.pipeline.checkpoints import Checkpoints
 
 from ..distributed.training import CASES, SIZES
-from .helpers import assert_same
+from .helpers import assert_same, momentum
 from .resuming import run_all
 
 
@@ -20,3 +26,34 @@ def test_exactly(name: str, tmp_path: Path) -> None:
         assert again.statistics == whole.statistics
         assert again.evaluation == whole.evaluation
     assert count == 3, "after 4, 8 and 12 of 14 mini-batches"
+
+
+@pytest.mark.parametrize("measures", (False, True), ids=("cut as told", "cut by time"))
+def test_persistent_workers(tmp_path: Path, measures: bool) -> None:
+    """They are started once, for measuring it may be, and draw a seed then."""
+    data = TensorDataset(torch.randn(40, 4), torch.randn(40, 2))
+
+    def run(seed: int, start: Path | None) -> dict[str, torch.Tensor]:
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+        loader = DataLoader(
+            data,
+            batch_size=4,
+            shuffle=True,
+            num_workers=1,
+            persistent_workers=True,
+            generator=torch.Generator().manual_seed(seed),
+        )
+        balance = "time" if measures else [2, 1]
+        with Pipeline(model, nn.MSELoss(), momentum, stages=2, balance=balance) as pipe:
+            if start is not None:
+                pipe.load(start)
+            while pipe.position.epochs < 2:
+                pipe.train(loader, checkpoints=Checkpoints(tmp_path / str(seed), 7, keep=9))
+            return pipe.state_dict()
+
+    whole = run(1, None)
+    starts = sorted((tmp_path / "1").iterdir())
+    assert len(starts) == 2, "one in each of two passes"
+    for k, start in enumerate(starts):
+        assert_same(run(2 + k, start), whole)
