@@ -32,7 +32,8 @@ KINDS: dict[str, tuple[type[Fault], int]] = {
     "full": (Fill, 0),
     "nan": (Poison, 0),
 }
-"""By name, and how many of each in a bag to draw from; those with none open a job of their own."""
+"""By name, and how many of each in a bag to draw from, but the first bag, which has one of each;
+those with none open a job of their own."""
 
 IN_A_JOB = 6
 ORDER = ("1f1b", "stream", "1f1b", "nan", "stream", "full")
@@ -67,23 +68,25 @@ def draw(
         size = min(count, begin_with)
         chosen = [KINDS[name][0]] if name in KINDS else []
         while len(chosen) < size:
-            chosen.append(_take(bags.setdefault(name, []), name, kinds, draws))
+            if not (bag := bags.get(name)):
+                bag = bags[name] = _fill(name, kinds, draws, evenly=not bags)
+            chosen.append(bag.pop())
         faults = [_make(kind, k, draws) for k, kind in enumerate(chosen)]
         yield Trial(name, faults, poisoned if name == "nan" else None)
         count, number = count - size, number + 1
 
 
-def _take(
-    bag: list[type[Fault]], workload: str, kinds: Collection[str], draws: random.Random
-) -> type[Fault]:
-    """One out of a bag, which is filled again once it is empty."""
-    if not bag:
-        for kind in kinds:
-            fault, many = KINDS[kind]
-            if not (fault.moves_drain and WORKLOADS[workload].drains):
-                bag += [fault] * many
-        draws.shuffle(bag)
-    return bag.pop()
+def _fill(
+    workload: str, kinds: Collection[str], draws: random.Random, evenly: bool
+) -> list[type[Fault]]:
+    """A bag of the faults that are for a workload; evenly, one of each."""
+    bag: list[type[Fault]] = []
+    for kind in kinds:
+        fault, many = KINDS[kind]
+        if not (fault.moves_drain and WORKLOADS[workload].drains):
+            bag += [fault] * (min(many, 1) if evenly else many)
+    draws.shuffle(bag)
+    return bag
 
 
 def _make(kind: type[Fault], place: int, draws: random.Random) -> Fault:

@@ -126,5 +126,5 @@ class Trials:
 
 
 def _line(row: Row) -> str:
-    line = f"{row.number:4}  {row.workload:<7}{row.what:<24}{row.when:<32}{row.whose:<34}"
+    line = f"{row.number:4}  {row.workload:<7}{row.what:<24}{row.when:<32}{row.whose:<44} "
     return f"{line}{row.ended}, {row.seconds:.1f} s" + (f": LOST: {row.lost}" if row.lost else "")
