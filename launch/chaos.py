@@ -80,8 +80,6 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     unknown = [kind for kind in options.kinds.split(",") if kind not in KINDS]
     if unknown:
         refuse(f"--kinds {','.join(unknown)}: give some of {', '.join(KINDS)}")
-    if all(KINDS[kind][1] == 0 for kind in options.kinds.split(",")) and options.in_a_job > 1:
-        refuse(f"--kinds {options.kinds}: add one that can follow it, such as kill")
     return options
 
 

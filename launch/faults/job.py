@@ -118,13 +118,13 @@ class Job:
         if (now := self.await_workers(start + 1)[0].start) != start + 1:
             raise LostError(f"the ranks were started {now - start} times, not once")
 
-    def await_end(self, what: str, seconds: float = PATIENCE) -> int:
-        """Torchrun's exit code, once it and all that it started are gone."""
+    def await_end(self, what: str, seconds: float = PATIENCE, gone: float = 20.0) -> int:
+        """Torchrun's exit code, once it and, soon after, all that it started are gone."""
         code = self.wait(lambda: None if self.code is None else (self.code,), what, seconds)[0]
-        self.await_nobody()
+        self.await_nobody(gone)
         return code
 
-    def await_nobody(self, seconds: float = 20.0) -> None:
+    def await_nobody(self, seconds: float) -> None:
         """See that no process of the job is left, soon."""
         end = time.monotonic() + seconds
         while left := [process for process, _ in living(self.word)]:

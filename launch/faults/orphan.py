@@ -13,7 +13,9 @@ __all__ = ["Orphan"]
 
 
 class Orphan(Fault):
-    """Nobody is left within seconds; the job is started again."""
+    """Nobody is left within seconds; the job is started again. Ranks that are still importing find
+    out only then.
+    """
 
     name = "kill torchrun"
 
@@ -31,7 +33,7 @@ class Orphan(Fault):
         """Kill torchrun; in how many seconds all are gone."""
         since, begin = job.place(), time.monotonic()
         os.kill(job.torchrun, signal.SIGKILL)
-        job.await_end("torchrun's end")
+        job.await_end("torchrun's end", gone=60.0 if self.moment.starting else 20.0)
         if not self.moment.starting:
             job.expect(r"the job's store is gone|is gone: (its process|its connection)", since)
         job.check_checkpoints()

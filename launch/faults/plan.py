@@ -51,21 +51,22 @@ class Trial:
 
 
 def draw(
-    count: int, seed: int, kinds: Collection[str] = tuple(KINDS), begin_with: int = IN_A_JOB
+    count: int, seed: int, kinds: Collection[str] = tuple(KINDS), most: int = IN_A_JOB
 ) -> Iterator[Trial]:
     """So many faults, in jobs of all workloads that these kinds of faults are for.
 
     Args:
-        begin_with: faults in a job.
+        most: faults in a job.
     """
     draws = random.Random(seed)
     poisoned = draws.randrange(20 * BATCH, SAMPLES)
-    workloads = [name for name in ORDER if name not in ("nan", "full") or name in kinds]
+    follow = any(KINDS[kind][1] for kind in kinds)
+    workloads = [name for name in ORDER if (name in kinds if name in KINDS else follow)]
     bags: dict[str, list[type[Fault]]] = {}
     number = 0
     while count:
         name = workloads[number % len(workloads)]
-        size = min(count, begin_with)
+        size = min(count, most) if follow else 1
         chosen = [KINDS[name][0]] if name in KINDS else []
         while len(chosen) < size:
             if not (bag := bags.get(name)):
