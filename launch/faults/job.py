@@ -193,9 +193,9 @@ class Job:
 
     def saved(self) -> list[tuple[int, Path]]:
         """Mini-batches and folder of each checkpoint, the oldest first."""
-        found = self.checkpoints.glob("step-*/checkpoint.json")
-        cuts = self.workload.cuts
-        return sorted((int(path.parent.name[5:]) // cuts, path.parent) for path in found)
+        found = [file.parent for file in self.checkpoints.glob("step-*/checkpoint.json")]
+        whole = [path for path in found if path.name[5:].isdigit()]  # and not .replaced
+        return sorted((int(path.name[5:]) // self.workload.cuts, path) for path in whole)
 
     def await_progress(self, mini_batches: int) -> None:
         """Until a checkpoint of so many mini-batches, or more, is there."""

@@ -114,7 +114,7 @@ class Trials:
             begin, lost, ended = time.monotonic(), "", "lost"
             try:
                 ended = fault.strike(job, fault.await_moment(job))
-            except (LostError, OSError, IndexError, KeyError) as error:
+            except (LostError, OSError, LookupError, ValueError) as error:
                 lost = str(error) if isinstance(error, LostError) else repr(error)
                 self.lost.append(f"fault {len(self.rows) + 1} ({fault.name}): {lost}")
             what, when, whose = fault.name, str(fault.moment), fault.whose
