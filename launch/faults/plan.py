@@ -72,7 +72,8 @@ def draw(
             if not (bag := bags.get(name)):
                 bag = bags[name] = _fill(name, kinds, draws, evenly=not bags)
             chosen.append(bag.pop())
-        faults = [_make(kind, k, draws) for k, kind in enumerate(chosen)]
+        starts = [k == 0 or chosen[k - 1] is not Pause for k in range(size)]
+        faults = [_make(kind, k, draws, starts[k]) for k, kind in enumerate(chosen)]
         yield Trial(name, faults, poisoned if name == "nan" else None)
         count, number = count - size, number + 1
 
@@ -90,11 +91,15 @@ def _fill(
     return bag
 
 
-def _make(kind: type[Fault], place: int, draws: random.Random) -> Fault:
-    """The faults of a job are three checkpoints apart: a damaged one is passed by then."""
+def _make(kind: type[Fault], place: int, draws: random.Random, starts: bool) -> Fault:
+    """The faults of a job are three checkpoints apart: a damaged one is passed by then.
+
+    Args:
+        starts: ranks start before it, at the job's beginning or after the fault before.
+    """
     own = random.Random(draws.getrandbits(32))
-    starting = kind.while_starting and draws.random() < STARTING
+    starting = starts and kind.while_starting and draws.random() < STARTING
     if starting:
-        return kind(own, Moment(0, draws.uniform(0, 5), starting=True))
+        return kind(own, Moment(0, draws.uniform(0, 4), starting=True))
     after = 2 * EVERY + place * 40 + draws.randrange(EVERY)
     return kind(own, Moment(after, draws.uniform(0, 0.3)))

@@ -17,7 +17,7 @@ from .workload import WORKLOADS
 
 __all__ = ["Row", "Trials"]
 
-PACE = 0.0003
+PACE = 0.001
 
 
 @dataclass(frozen=True)
