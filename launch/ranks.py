@@ -4,13 +4,17 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from types import FrameType
 from typing import NoReturn
 
+import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from headrace.pipeline.attempt import attempt
+from headrace.pipeline.attempt import attempt, connect
+from headrace.pipeline.errors import first_line
 
 from .wording import in_yaml
 
@@ -26,8 +30,6 @@ __all__ = [
     "stop",
     "tell",
 ]
-
-_PATIENCE = timedelta(seconds=60)
 
 
 def rank() -> int:
@@ -57,31 +59,34 @@ def check_stages(stages: int | None) -> None:
 def tell(name: str, value: str) -> None:
     """Let the other processes `hear` it."""
     if processes() is not None:
-        _store().set(_key(name), value)
+        with _store() as store:
+            store.set(_key(name), value)
 
 
 def hear(name: str) -> str:
     """What the first process tells under this name; ends with it if it refuses instead."""
-    store = _store()
-    while not store.check([_key(name)]):
-        if store.check([_key("refused")]):
-            raise SystemExit(2)
-        time.sleep(0.05)
-    return str(store.get(_key(name)).decode())
+    with _store() as store:
+        while not store.check([_key(name)]):
+            if store.check([_key("refused")]):
+                raise SystemExit(2)
+            time.sleep(0.05)
+        return str(store.get(_key(name)).decode())
 
 
 def remember(name: str, value: str) -> None:
     """Keep something for the processes that torchrun starts in the place of these."""
     if processes() is not None:
-        _store().set(f"headrace/launch/{name}", value)
+        with _store() as store:
+            store.set(f"headrace/launch/{name}", value)
 
 
 def recall(name: str) -> str | None:
     """What an earlier start of this job wanted to be remembered; None where this is the first."""
     if processes() is None:
         return None
-    store, key = _store(), f"headrace/launch/{name}"
-    return str(store.get(key).decode()) if store.check([key]) else None
+    key = f"headrace/launch/{name}"
+    with _store() as store:
+        return str(store.get(key).decode()) if store.check([key]) else None
 
 
 def refuse(message: str) -> NoReturn:
@@ -90,14 +95,15 @@ def refuse(message: str) -> NoReturn:
     if processes() is None:
         sys.stderr.write(line)
         raise SystemExit(2)
-    store, mine = _store(), str(rank())
-    if store.compare_set(_key("refused"), "", mine).decode() == mine:
-        sys.stderr.write(line)
-        sys.stderr.flush()
-        store.set(_key("printed"), mine)
-    else:
-        # torchrun ends all processes as soon as one has ended: not before the line is out.
-        store.wait([_key("printed")], timedelta(seconds=5))
+    mine = str(rank())
+    with _store() as store:
+        if store.compare_set(_key("refused"), "", mine).decode() == mine:
+            sys.stderr.write(line)
+            sys.stderr.flush()
+            store.set(_key("printed"), mine)
+        else:
+            # torchrun ends all processes as soon as one has ended: not before the line is out.
+            store.wait([_key("printed")], timedelta(seconds=5))
     raise SystemExit(2)
 
 
@@ -118,10 +124,19 @@ def stop(number: int, frame: FrameType | None) -> None:
     raise SystemExit(128 + number)
 
 
-def _store() -> TCPStore:
-    """A client of torchrun's store, which is there before any process group."""
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return TCPStore(host, port, is_master=False, timeout=_PATIENCE)
+@contextmanager
+def _store() -> Iterator[TCPStore]:
+    """A client of torchrun's store, which is there before any process group; ends this process,
+    with 1, if it is gone.
+    """
+    try:
+        yield connect()
+    except dist.DistNetworkError as error:
+        sys.stderr.write(
+            "headrace: the job's store is gone: torchrun has ended, or its machine is out of reach "
+            f"({first_line(error)})\n"
+        )
+        raise SystemExit(1) from None
 
 
 def _key(name: str) -> str:

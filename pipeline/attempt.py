@@ -8,16 +8,22 @@ every rank says a word that nobody has said before, and the first one answers wi
 import os
 import time
 import uuid
+from datetime import timedelta
 from functools import cache
 from typing import Any
 
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-__all__ = ["agree", "attempt"]
+__all__ = ["agree", "attempt", "connect"]
 
 PATIENCE = 600.0
 """Seconds: hosts may be minutes apart in starting Python."""
+
+REACH = timedelta(seconds=10)
+"""torchrun's store is there before its ranks are: if it does not answer, torchrun has ended. torch
+would try for five minutes, and ranks that nobody knows of would hold a host's memory for so long.
+"""
 
 KEY = "headrace/attempt"
 
@@ -31,9 +37,17 @@ def attempt() -> str:
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return "0"  # the store is a rank's own, and ends with it
+    return agree(connect(), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+
+
+def connect() -> TCPStore:
+    """A client of torchrun's store.
+
+    Raises:
+        DistNetworkError: it is gone.
+    """
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = TCPStore(host, port, is_master=False)
-    return agree(store, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    return TCPStore(host, port, is_master=False, timeout=REACH)
 
 
 def agree(store: Any, rank: int, size: int) -> str:

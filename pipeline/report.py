@@ -413,21 +413,25 @@ class Books(Stateful):
         return super().state_dict()
 
     def close(self, version: int, stopped: bool = False) -> Report:
-        """The call of `train` ends: report what came back since the last report."""
+        """The call of `train` ends: report what came back since the last report. One that is
+        stopped will be gone on with, and is in the report of then.
+        """
         self._read()
         self.log = None
         loss, counted, samples, micro_batches = self._sums
-        self._sums = [0.0, 0, 0, 0]
         rows = self.rows
-        before, self._skipped = self._skipped, sum(row.skipped for row in rows)
-        updates, self._version = version - self._version, version
+        before, skipped = self._skipped, sum(row.skipped for row in rows)
+        updates = version - self._version
+        if not stopped:
+            self._sums = [0.0, 0, 0, 0]
+            self._skipped, self._version = skipped, version
         return Report(
             loss=loss / counted if counted else math.nan,
             samples=int(samples),
             micro_batches=int(micro_batches),
             updates=updates,
             seconds=time.perf_counter() - self._start,
-            skipped=int(self._skipped - before),
+            skipped=int(skipped - before),
             staleness=tuple(row.staleness for row in rows),
             stopped=stopped,
         )

@@ -44,11 +44,12 @@ def meet() -> World | None:
             return None
         _stay_at_home()
         try:
+            start = attempt()
             # It stays until this process exits: made a second time in one job, it would find
             # the first one's keys in the store. Left to the end of the process, its threads now
             # and then abort that (1 in 100 processes).
             store, rank, size = next(iter(rendezvous("env://")))
-            own = PrefixStore(f"headrace/start {attempt()}", store)
+            own = PrefixStore(f"headrace/start {start}", store)
             dist.init_process_group("gloo", store=own, rank=rank, world_size=size)
             atexit.register(_part)
             _wait_until_all_have_met()

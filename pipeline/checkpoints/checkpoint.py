@@ -19,7 +19,16 @@ from .files import Entry, fault_of, read_json, read_tensors
 from .position import Position
 from .tree import unpack
 
-__all__ = ["MANIFEST", "Checkpoint", "CheckpointError", "candidates", "find_latest", "label"]
+__all__ = [
+    "MANIFEST",
+    "Checkpoint",
+    "CheckpointError",
+    "candidates",
+    "find_latest",
+    "is_remains",
+    "label",
+    "remains",
+]
 
 MANIFEST = "checkpoint.json"
 FORMAT = 1
@@ -190,12 +199,32 @@ def _age(path: Path) -> tuple[int, bool, str]:
     return (count, not path.name.endswith(REPLACED), path.name)
 
 
+def remains(folder: Path) -> list[Path]:
+    """What are checkpoints but for the manifest, which somebody must have removed."""
+    found = [path for path in folder.glob("*") if path.is_dir() and path.name[0] != "."]
+    return sorted(path for path in found if is_remains(path))
+
+
+def is_remains(path: Path) -> bool:
+    """Whether nothing is in a folder but what a checkpoint has beside its manifest."""
+    names = {each.name for each in path.iterdir()}
+    return bool(names) and names <= {"weights", "state"}
+
+
 def find_latest(folder: str | Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint in a folder that is as it was written, and what is wrong with those
-    that are newer.
+    that are newer; without a manifest, by their names.
     """
+    found, faults = _find_latest(Path(folder))
+    for path in remains(Path(folder)):
+        if found is None or path.name > found.folder.name:
+            faults.append(f"{path / MANIFEST} is missing")
+    return found, faults
+
+
+def _find_latest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     faults: list[str] = []
-    for path in candidates(Path(folder)):
+    for path in candidates(folder):
         try:
             found = Checkpoint.open(path)
         except CheckpointError as error:

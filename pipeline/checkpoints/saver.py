@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 from torch import Tensor
 
-from .checkpoint import MANIFEST, REPLACED, Checkpoint, candidates
+from .checkpoint import MANIFEST, REPLACED, Checkpoint, candidates, is_remains, remains
 from .files import Entry, fault_of, sync, write_json, write_tensors
 from .tree import pack
 
@@ -164,7 +164,7 @@ class _JobEndedError(Exception):
 
 def _refuse_other(final: Path) -> None:
     final.parent.mkdir(parents=True, exist_ok=True)
-    if final.exists() and not (final / MANIFEST).exists():
+    if final.exists() and not (final / MANIFEST).exists() and not is_remains(final):
         raise FileExistsError(
             17, f"there is something else of this name that is no checkpoint: {final}"
         )
@@ -204,7 +204,7 @@ def _finish(partial: Path, checkpoint: Checkpoint) -> None:
 
 def _prune(folder: Path, keep: int) -> None:
     """Remove all but the newest checkpoints, and what processes that died have left."""
-    for path in candidates(folder)[keep:]:
+    for path in [*candidates(folder)[keep:], *remains(folder)]:
         gone = path.with_name(f".{path.name}{PARTIAL}")
         os.rename(path, gone)  # never half a checkpoint under its name
         shutil.rmtree(gone, ignore_errors=True)

@@ -267,6 +267,30 @@ def test_damage_is_found_and_the_one_before_taken(tmp_path: Path, damage: Any) -
     assert pipeline(3).load(tmp_path / "all").epochs == 2
 
 
+def test_a_manifest_that_is_gone(tmp_path: Path) -> None:
+    """It is said, the one before is taken, and the next of that name takes its place."""
+    pipe, plan = pipeline(3), Checkpoints(tmp_path / "all", every=2, keep=2)
+    pipe.train(BATCHES, checkpoints=plan)
+    weights = pipe.state_dict()
+    pipe.close()
+    older, newer = sorted((tmp_path / "all").iterdir())
+    (newer / "checkpoint.json").unlink()
+    found, faults = find_latest(tmp_path / "all")
+    assert found is not None and found.folder == older
+    assert faults == [f"{newer / 'checkpoint.json'} is missing"]
+    again = pipeline(3)
+    again.load(found.folder)
+    again.train(BATCHES, checkpoints=plan)
+    assert_same(again.state_dict(), weights)
+    again.close()
+    assert find_latest(tmp_path / "all")[1] == []
+    assert [path.name for path in sorted((tmp_path / "all").iterdir())] == [older.name, newer.name]
+    for path in (older, newer):
+        (path / "checkpoint.json").unlink()
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* is whole: .*json is missing"):
+        Checkpoint.open(tmp_path / "all")
+
+
 def test_a_manifest_that_is_none(tmp_path: Path) -> None:
     saved(tmp_path / "one")
     manifest = tmp_path / "one/checkpoint.json"

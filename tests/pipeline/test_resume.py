@@ -1,17 +1,21 @@
 """A run that is gone on with from a checkpoint is, bit for bit, the one that went on by itself."""
 
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from headrace.pipeline import Pipeline
 from headrace.pipeline.checkpoints import Checkpoints
 
 from ..distributed.training import CASES, SIZES
-from .helpers import assert_same, momentum
+from .helpers import assert_same, batches_of, momentum, tanh_net
 from .resuming import run_all
 
 
@@ -57,3 +61,32 @@ def test_persistent_workers(tmp_path: Path, measures: bool) -> None:
     assert len(starts) == 2, "one in each of two passes"
     for k, start in enumerate(starts):
         assert_same(run(2 + k, start), whole)
+
+
+def test_after_a_sigterm_the_report_is_of_the_whole_call(tmp_path: Path) -> None:
+    """Else what was trained on before it is in no report, and the counts of a run fall behind."""
+    batches = batches_of(70, 10)
+
+    def pipeline() -> Pipeline:
+        net = tanh_net(0)
+        return Pipeline(net, nn.MSELoss(), momentum, stages=2, balance=[9, 7], schedule="1f1b")
+
+    def stopping() -> Iterator[tuple[Tensor, Tensor]]:
+        for number, batch in enumerate(batches):
+            if number == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    with pipeline() as whole:
+        expected = [whole.train(batches), whole.train(batches)]
+    stopped = pipeline()
+    with pytest.raises(SystemExit) as ended:
+        stopped.train(stopping(), checkpoints=Checkpoints(tmp_path))
+    assert ended.value.code == 0
+    with pipeline() as again:
+        assert 0 < again.load(tmp_path).mini_batches < 7
+        reports = [again.train(batches), again.train(batches)]
+    assert [replace(report, seconds=0.0) for report in reports] == [
+        replace(report, seconds=0.0) for report in expected
+    ]
+    assert reports[0].samples == reports[1].samples == 70

@@ -1,0 +1,26 @@
+"""What a rank does when torchrun, whose store it needs, has ended."""
+
+from datetime import timedelta
+
+import pytest
+
+from headrace.launch.ranks import recall, tell
+
+from ..distributed.ranks import free_port
+
+
+def test_a_store_that_is_gone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """torch would try to reach it for five minutes, and the rank would be left behind."""
+    monkeypatch.setattr("headrace.pipeline.attempt.REACH", timedelta(seconds=1))
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "RANK": "0", "WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    for call in (lambda: recall("folder"), lambda: tell("folder", "x")):
+        with pytest.raises(SystemExit) as ended:
+            call()
+        assert ended.value.code == 1
+        (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("headrace: ")]
+        assert line.startswith("headrace: the job's store is gone: torchrun has ended")
