@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from headrace.pipeline import Pipeline
+from headrace.pipeline import Link, Pipeline
 from headrace.pipeline.checkpoints import Checkpoint, Checkpoints, find_latest, load_weights
 from headrace.pipeline.replicas import Allreduce, Downpour, Elastic, Hogwild, Replicas
 from headrace.pipeline.rules import Delayed
@@ -119,3 +119,31 @@ def test_fewer_replicas_and_stages(launcher: Launcher, tmp_path: Path) -> None:
     outcome = launcher.run(replicated, 2, Allreduce(1), None, str(tmp_path))
     outcome.expect(0, 0)
     assert_same(outcome.results[0]["before"], load_weights(tmp_path))
+
+
+def tuned(folder: str, start: str | None) -> tuple[int, ...]:
+    """Two passes with a slack that is measured; the depths that it led to."""
+    torch.manual_seed(3)
+    link = Link(latency=0.02) if start is None else None
+    with Pipeline(
+        network(),
+        nn.MSELoss(),
+        partial(torch.optim.SGD, lr=0.02),
+        balance=SIZES[2],
+        slack="auto",
+        emulated_link=link,
+    ) as pipe:
+        if start is not None:
+            pipe.load(start)
+        while pipe.position.epochs < 2:
+            pipe.train(make_loader(3, 200), checkpoints=Checkpoints(folder, 20))
+        return pipe.depths
+
+
+def test_a_measured_slack_is_kept(launcher: Launcher, tmp_path: Path) -> None:
+    first = launcher.run(tuned, 2, str(tmp_path / "a"), None)
+    first.expect(0, 0)
+    assert first.results[0][0] > 1 and "slack" in first.out[0]
+    again = launcher.run(tuned, 2, str(tmp_path / "b"), str(tmp_path / "a"))
+    again.expect(0, 0)
+    assert again.results == first.results and "slack" not in again.out[0], "it is not measured anew"
