@@ -678,7 +678,7 @@ class Pipeline:
     def _stoppable(self, plan: Checkpoints | None) -> Iterator[None]:
         """Have a SIGTERM ask for a checkpoint and the end, in the block."""
         if self._watch is not None:
-            self._watch.saves = self._watch.saves or plan is not None
+            self._watch.saves = plan is not None
         alone = self._watch is None and threading.current_thread() is threading.main_thread()
         if plan is None or not alone:
             yield
