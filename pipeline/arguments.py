@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from .batch_size import Growth
+from .checkpoints.plan import Checkpoints
 from .corrections import Correction
 from .grid import Grid
 from .link import Link
@@ -24,6 +25,7 @@ __all__ = [
     "check_fitting",
     "check_growth",
     "check_kinds",
+    "check_plan",
     "check_rules",
     "check_shared",
     "check_timeout",
@@ -279,4 +281,17 @@ def check_growth(batch_size: Any, update_every: int, replicas: Replicas | None) 
             f"batch_size= beside replicas={type(replicas).__name__}(…): each replica would end its "
             "updates by its own count, and those who wait for each other would wait in vain: leave "
             "one of them out, or write update_every="
+        )
+
+
+def check_plan(plan: Checkpoints | None, replicas: Replicas | None) -> None:
+    """Refuse checkpoints that could not be of one moment.
+
+    Raises:
+        ValueError: with what to write instead.
+    """
+    if plan is not None and plan.every is not None and replicas is not None:
+        raise ValueError(
+            f"checkpoints with every={plan.every} and replicas: they are at different places in "
+            "the middle of a pass; leave every out, for one at its end"
         )

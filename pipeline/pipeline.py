@@ -3,9 +3,7 @@
 import atexit
 import itertools
 import json
-import signal
 import sys
-import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,7 +12,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +25,7 @@ from .arguments import (
     check_fitting,
     check_growth,
     check_kinds,
+    check_plan,
     check_rules,
     check_shared,
     check_timeout,
@@ -34,25 +33,23 @@ from .arguments import (
 )
 from .batch_size import Growth
 from .blueprint import Blueprint
-from .channel import Links, Soon
-from .checkpoints import Checkpoint, CheckpointError, Checkpoints, Position, load_weights
-from .checkpoints.checkpoint import label
-from .checkpoints.saver import Part, Saver
-from .checkpoints.state import collect, recut, restore
+from .channel import Links
+from .checkpoints import Checkpoint, Checkpoints, Position, load_weights
+from .checkpoints.keeper import Keeper
+from .checkpoints.restoring import Restoring, check_layers, find
 from .corrections import Correction
 from .course import Course
 from .driver import TOLD, Alone, Apart, Driver, Serving
-from .engine import Call, Engine, Metrics, Steps
+from .engine import Call, Engine, Metrics
 from .errors import InputError, first_line
 from .feed import Source, begin, deal, feed, read
 from .grid import Grid
 from .link import Link
 from .loss import Loss
-from .message import Kind, Message
+from .message import Message
 from .nest import Nest
 from .partition import Balance, Partition, check_model
 from .replicas import Allreduce, Replicas
-from .replicas.server import Serves
 from .report import Progress, Report, ShardStatistics, StageStatistics
 from .rules import Delayed, Exact, Rule
 from .schedule import SCHEDULES
@@ -174,14 +171,6 @@ class Pipeline:
         """What the user wants to find again in a checkpoint: JSON's types; the first rank's."""
         self._course = Course()
         self._pending: Checkpoint | None = None
-        self._parts: list[list[Part]] = []
-        self._target, self._keep = Path(), cast(int | None, None)
-        self._saved_at, self._stop_requested = -1, False
-        self._saver = Saver(
-            self._world.rank if self._world else 0,
-            self._world.size if self._world else 1,
-            self._watch,
-        )
         self._engines: list[Engine] = []
         self._links: list[Links] = []
         atexit.register(_end, weakref.ref(self))
@@ -256,6 +245,14 @@ class Pipeline:
                 emulated_link,
             )
             self._links = self._blueprint.connect(shared)
+            self._keeper = Keeper(
+                self._grid,
+                self.stages if self._watch is None else 1,
+                self._watch,
+                self._course,
+                self._blueprint.serves,
+                self._head,
+            )
             if self.stages == 1 or balance != "time":
                 self._adopt(self._blueprint.cut(balance))
 
@@ -302,9 +299,9 @@ class Pipeline:
         """
         if log_every < 1:
             raise ValueError(f"log_every={log_every!r}: give a whole number >= 1")
-        self._check_plan(checkpoints)
+        check_plan(checkpoints, self._blueprint.replicas)
         if checkpoints is not None:
-            self._aim(checkpoints.path(self.position), checkpoints.keep)
+            self._keeper.aim(checkpoints.path(self.position), checkpoints.keep)
         batches = self._open(loader, pairs_only=True, trains=True)
         self._warn_of_delay()
         messages = None
@@ -312,11 +309,11 @@ class Pipeline:
             engine.books.log, engine.books.log_every = log, log_every
             parts, tune_at = self._micro_batches, self._tune_at
             start, closes = engine.trained, engine.gathering.closes
-            course, mark = self._course, partial(self._mark, checkpoints)
+            course, mark = self._course, partial(self._keeper.mark, checkpoints)
             messages = feed(Call.TRAIN, batches, parts, start, tune_at, closes, course, mark)
-        with self._stoppable(checkpoints):
+        with self._keeper.stoppable(checkpoints):
             report: Report = self._run(Call.TRAIN, messages)
-        stopped = report.stopped if checkpoints is None else self._is_stopped(report)
+        stopped = report.stopped if checkpoints is None else self._keeper.is_stopped(report)
         if not stopped:
             self._course.end()
         if checkpoints is not None and (stopped or checkpoints.every is None):
@@ -417,13 +414,9 @@ class Pipeline:
             if Path(path).is_file():
                 self.load_state_dict(load_weights(path))
                 return self.position
-            found = self._find_checkpoint(path)
-            names = [name for stage in found.layers for name in stage]
-            if names != [name for name, _ in self._model.named_children()]:
-                raise CheckpointError(
-                    f"{found.folder} is of a model with the layers {_some(names)}, and this one "
-                    f"has {_some([name for name, _ in self._model.named_children()])}"
-                )
+            self._loads += 1
+            found = find(path, self._watch, self.rank, self._loads)
+            check_layers(found, [name for name, _ in self._model.named_children()])
             self.notes = dict(found.notes)
             self._pending = found
             if self._driver is None and found.stages == self.stages:
@@ -511,7 +504,7 @@ class Pipeline:
         self._closed = True
         if self._driver is not None:
             self._run(Call.CLOSE)
-        self._await_saver()
+            self._keeper.wait()
         if self._watch is not None:
             for links in self._links:
                 links.close()
@@ -633,13 +626,13 @@ class Pipeline:
         self._names = set(self._model.state_dict())
         if self.is_server:
             self._driver = self._blueprint.serve(cut)
-            self._driver.attend = self._save_server
+            self._driver.attend = self._keeper.keep_server
             if self._pending is not None:
                 self._take_up()
             return
         self._engines = self._blueprint.build(cut, self._links, self._source)
         for engine in self._engines:
-            engine.saver = self._save_stage
+            engine.saver = self._keeper.keep
         self._driver = self._drive(self._engines, self._source)
         if self._pending is not None:
             self._take_up()
@@ -651,196 +644,56 @@ class Pipeline:
 
     # Checkpoints -------------------------------------------------------------------------------
 
-    def _check_plan(self, plan: Checkpoints | None) -> None:
-        if plan is not None and plan.every is not None and self._blueprint.replicas is not None:
-            raise ValueError(
-                f"checkpoints with every={plan.every} and replicas: they are at "
-                "different places in the middle of a pass; leave every out, for one at its end"
-            )
-
-    def _mark(self, plan: Checkpoints | None) -> Kind | None:
-        """What is to come before the next mini-batch; asked on a first stage."""
-        if plan is None:
-            return None
-        total = self.position.total
-        stops = self._stop_requested or (self._watch is not None and self._watch.stop_requested)
-        due = plan.every is not None and total and total % plan.every == 0
-        if not stops and (not due or total == self._saved_at):
-            return None
-        self._course.pause()
-        if stops:
-            return Kind.END
-        self._aim(plan.path(self.position), plan.keep)
-        self._saved_at = total
-        return Kind.SAVE
-
-    @contextmanager
-    def _stoppable(self, plan: Checkpoints | None) -> Iterator[None]:
-        """Have a SIGTERM ask for a checkpoint and the end, in the block."""
-        if self._watch is not None:
-            self._watch.saves = plan is not None
-        alone = self._watch is None and threading.current_thread() is threading.main_thread()
-        if plan is None or not alone:
-            yield
-            return
-
-        def request(number: int, frame: Any) -> None:
-            self._stop_requested = True
-
-        before = signal.signal(signal.SIGTERM, request)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGTERM, before)
-
-    def _is_stopped(self, report: Report) -> bool:
-        """Whether any replica's call was ended early: then no pass is over, for none goes on."""
-        watch = self._watch
-        if self.replicas == 1 or watch is None:
-            return report.stopped
-        key = f"stopped/{self._calls}"
-        if self.is_first:
-            watch.share(f"{key}/{self.replica}", "yes" if report.stopped else "no")
-        return "yes" in [watch.learn(f"{key}/{r}") for r in range(self._grid.replicas)]
-
-    def _leave(self) -> None:
-        """After a SIGTERM, with all saved."""
-        if self.rank == 0:
-            print(f"headrace: stopped by SIGTERM; {self._target} goes on from here", flush=True)
-        self.close()
-        raise SystemExit(0)
-
-    def _aim(self, path: Path, keep: int | None) -> None:
-        """Where the next checkpoint goes: on ranks after the first, which folder it goes into."""
-        self._target, self._keep = path, keep
-
-    def _save_now(self, path: Path, keep: int | None) -> None:
-        self._aim(path, keep)
-        self._saved_at = self.position.total
-        self._run(Call.SAVE)
-        self._await_saver()
-
-    def _save_stage(self, engine: Engine, message: Message) -> Steps:
-        """Copy what a stage has to keep; with that of all stages here, have it written."""
-        while self._saver.is_busy:
-            yield Soon()
-        state = collect(engine)
-        if engine.stage.is_first:
-            state["course"] = self._course.state_dict()
-        who = label(self.replica, self.replicas, engine.stage.index)
-        weights = engine.stage.state_dict() if self.replica == 0 else None
-        own = [Part.of(who, engine.stage.index, weights, state)]
-        if (shard := engine.stage.peers.shard) is not None:
-            own.append(self._part_of_server(shard))
-            self._tell_replicas()
-        self._await_server(engine.stage.index)
-        self._parts.append(own)
-        if len(self._parts) == len(self._engines):
-            every, self._parts = self._parts, []
-            self._start_saver([part for parts in every for part in parts])
-
-    def _save_server(self, call: Call, shard: Serves) -> None:
-        """In a process that has no stage."""
-        part = self._part_of_server(shard)
-        self._tell_replicas()
-        self._await_saver()
-        self._start_saver([part])
-
-    def _part_of_server(self, shard: Serves) -> Part:
-        return Part.of(f"server-{self._grid.stage}", self._grid.stage, None, shard.state_dict())
-
-    def _tell_replicas(self) -> None:
-        """The server of this stage has saved, or restored: nobody must push before."""
-        if self._watch is not None:
-            self._watch.share(f"served/{self._calls}/{self._grid.stage}", "")
-
-    def _await_server(self, stage: int) -> None:
-        if self._watch is not None and self._blueprint.serves:
-            self._watch.learn(f"served/{self._calls}/{stage}")
-
-    def _start_saver(self, parts: list[Part]) -> None:
-        head = self._head(self._target) if self.rank == 0 else None
-        self._saver.start(self._target, parts, head, self._keep)
-
     def _head(self, final: Path) -> Checkpoint:
         assert self.partition is not None
         layers = [[layer.name for layer in stage] for stage in self.partition.stages]
         depths = [*self.depths]
         kinds, notes = self._blueprint.kinds, dict(self.notes)
-        return Checkpoint(final, self.position, layers, self.replicas, depths, kinds, notes)
+        return Checkpoint(final, self.position, layers, self._grid.replicas, depths, kinds, notes)
 
-    def _await_saver(self) -> None:
-        while self._saver.is_busy:
-            assert self._watch is not None
-            self._watch.idle(patient=False)
+    def _save_now(self, path: Path, keep: int | None) -> None:
+        self._keeper.aim(path, keep)
+        self._keeper.skip()
+        self._run(Call.SAVE)
+        self._keeper.wait()
 
-    def _find_checkpoint(self, path: str | Path) -> Checkpoint:
-        """The first rank says which one it is."""
-        if self._watch is None:
-            return Checkpoint.open(path)
-        self._loads += 1
-        key = f"load/{self._loads}"
+    def _leave(self) -> None:
+        """After a SIGTERM, with all saved."""
         if self.rank == 0:
-            found = Checkpoint.open(path)
-            self._watch.share(key, str(found.folder))
-            return found
-        return Checkpoint.open(self._watch.learn(key))
+            where = self._keeper.target
+            print(f"headrace: stopped by SIGTERM; {where} goes on from here", flush=True)
+        self.close()
+        raise SystemExit(0)
 
     def _take_up(self) -> None:
         """Be what the checkpoint at hand is of."""
         found, self._pending = self._pending, None
         assert found is not None and self.partition is not None
-        cut = [[layer.name for layer in stage] for stage in self.partition.stages]
-        kinds = self._blueprint.kinds
-        same = cut == found.layers and kinds == found.kinds
-        replica = self.replica if found.replicas == self.replicas else 0
-        states = {
-            j: found.state(label(replica, found.replicas, j))
-            for j in range(found.stages)
-            if not same or j in [engine.stage.index for engine in self._engines] or j == 0
-        }
-        weights = found.weights()
-
-        def restoring(engine: Engine) -> None:
-            stage = engine.stage
-            try:
-                stage.load_state_dict(weights)
-                if same:
-                    restore(engine, states[stage.index], found.depths)
-                else:
-                    recut(engine, [*states.values()])
-            except (KeyError, TypeError, IndexError, AttributeError, RuntimeError) as error:
-                raise CheckpointError(
-                    f"{found.folder} does not fit stage {stage.index} of this pipeline "
-                    f"({type(error).__name__}: {first_line(error)}): it was written for other "
-                    "layers, or by another version; load_state_dict(load_weights(…)) takes what it "
-                    "has of weights"
-                ) from error
-            if (shard := stage.peers.shard) is not None:
-                self._restore_server(shard, found, same)
-            self._await_server(stage.index)
-
+        restoring = Restoring(
+            found,
+            self.partition,
+            self._blueprint.kinds,
+            self._grid,
+            [engine.stage.index for engine in self._engines],
+            self._watch,
+            self._blueprint.serves,
+            self._loads,
+        )
         for engine in self._engines:
             engine.restoring = restoring
         if isinstance(self._driver, Serving):
-            self._driver.attend = lambda call, shard: self._restore_server(shard, found, same)
+            self._driver.attend = restoring.attend
         self._run(Call.RESTORE)
         if isinstance(self._driver, Serving):
-            self._driver.attend = self._save_server
+            self._driver.attend = self._keeper.keep_server
         self._course.position = found.position
         if self.is_first:
-            self._course.load_state_dict(states[0]["course"], found.replicas / self.replicas)
-        self._saved_at = self.position.total
-        if not same:
-            self._tune_at = states[0]["trained"] + TUNE_AT if self._tunes else None
+            self._course.load_state_dict(restoring.course, restoring.share)
+        self._keeper.skip()
+        if not restoring.is_same:
+            self._tune_at = restoring.trained + TUNE_AT if self._tunes else None
             if self.rank == 0:
-                print(_carried(found, self.stages, kinds), flush=True)
-
-    def _restore_server(self, shard: Serves, found: Checkpoint, same: bool) -> None:
-        who = f"server-{self._grid.stage}"
-        if same and found.has(who):
-            shard.load_state_dict(found.state(who))
-        self._tell_replicas()
+                print(restoring.explain(), flush=True)
 
     # Running -----------------------------------------------------------------------------------
 
@@ -913,33 +766,6 @@ class Pipeline:
             if self._watch is not None:  # the others wait for what this rank will not do
                 self._watch.end_by(error, doing if isinstance(doing, str) else doing())
             raise
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names) if len(names) <= 6 else f"{names[0]} to {names[-1]} ({len(names)})"
-
-
-OTHER = {
-    "rules": "another rule",
-    "corrections": "other corrections",
-    "replicas": "another way of sharing weights",
-    "cut": "another cut",
-}
-
-
-def _carried(found: Checkpoint, stages: int, kinds: dict[str, Any]) -> str:
-    if found.stages != stages:
-        what = (
-            f"{found.stages} {'stage' if found.stages == 1 else 'stages'}, this pipeline {stages}"
-        )
-    else:
-        differs = next((key for key in kinds if kinds[key] != found.kinds.get(key)), "cut")
-        what = f"{OTHER[differs]} than this pipeline"
-    return (
-        f"headrace: {found.folder} has {what}: weights, optimizers, learning rates and the place "
-        "in the data carry over; the state of rules, corrections and stages' random numbers begins "
-        "anew"
-    )
 
 
 @contextmanager

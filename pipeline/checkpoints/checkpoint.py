@@ -8,7 +8,7 @@ step-00001000/
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -125,15 +125,18 @@ class Checkpoint:
         """How many there were."""
         return len(self.layers)
 
-    def weights(self) -> dict[str, Tensor]:
-        """The whole model's weights and buffers, by its own names, on the CPU.
+    def weights(self, names: Container[str] | None = None) -> dict[str, Tensor]:
+        """The model's weights and buffers, by its own names, on the CPU.
+
+        Args:
+            names: which; None: all.
 
         Raises:
             CheckpointError: a file is not what was written.
         """
         found: dict[str, Tensor] = {}
         for j in range(self.stages):
-            found |= self._tensors(f"weights/stage-{j}.safetensors")
+            found |= self._tensors(f"weights/stage-{j}.safetensors", names)
         return found
 
     def state(self, who: str) -> Any:
@@ -153,10 +156,10 @@ class Checkpoint:
         """Whether there is such a part."""
         return f"state/{who}.json" in self.files
 
-    def _tensors(self, name: str) -> dict[str, Tensor]:
+    def _tensors(self, name: str, names: Container[str] | None = None) -> dict[str, Tensor]:
         file = self._intact(name)
         try:
-            return read_tensors(file)
+            return read_tensors(file, names)
         except ValueError as error:
             raise CheckpointError(str(error)) from error
 

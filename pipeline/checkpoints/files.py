@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,7 @@ def fault_of(file: Path, entry: Entry, thoroughly: bool = True) -> str:
     return ""
 
 
-def read_tensors(file: Path) -> dict[str, Tensor]:
+def read_tensors(file: Path, names: Container[str] | None = None) -> dict[str, Tensor]:
     """The tensors of a safetensors file, in memory of their own: the file may go, and where a
     tensor begins in it would show in the last bits of what is computed with it.
 
@@ -88,8 +88,8 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     """
     try:
         with safe_open(file, framework="pt") as opened:
-            names = list(opened.keys())
-            return {name: opened.get_tensor(name).clone() for name in names}
+            wanted = [name for name in opened.keys() if names is None or name in names]  # noqa: SIM118
+            return {name: opened.get_tensor(name).clone() for name in wanted}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file} is not a safetensors file: {error}") from error
 

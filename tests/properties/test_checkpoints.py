@@ -91,7 +91,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pipe = Pipeline(model, nn.MSELoss(), lambda p: torch.optim.SGD(p, lr=0.1), stages=1)
     pipe.train([(torch.ones(1, 2), torch.ones(1, 1))])
     pipe.save(tmp_path_factory.mktemp("saved") / "one")
-    return pipe._target
+    return pipe._keeper.target
 
 
 @given(st.data())

@@ -1,0 +1,173 @@
+"""One process's part in making checkpoints: when, of what, and where to."""
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..channel import Soon
+from ..course import Course
+from ..grid import Grid
+from ..message import Kind, Message
+from ..report import Report
+from .checkpoint import Checkpoint, label
+from .plan import Checkpoints
+from .saver import Part, Saver
+from .state import collect
+
+if TYPE_CHECKING:
+    from ..engine import Call, Engine, Steps
+    from ..replicas.server import Serves
+    from ..watch import Watch
+
+__all__ = ["Keeper"]
+
+
+class Keeper:
+    """Hands what the stages of a process have to keep to its `Saver`.
+
+    Args:
+        stages: how many are in this process.
+        watch: by which processes hear of each other; None for one process alone.
+        course: the first stage's through its data.
+        has_servers: a server of this job keeps a state of its own for each stage.
+        head: what the manifest says, but for the files, of a checkpoint in a folder.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        stages: int,
+        watch: "Watch | None",
+        course: Course,
+        has_servers: bool,
+        head: Callable[[Path], Checkpoint],
+    ) -> None:
+        self._grid, self._stages, self._watch, self._course = grid, stages, watch, course
+        self._has_servers, self._head = has_servers, head
+        ranks = grid.replicas * grid.stages + grid.servers if watch else 1
+        self._saver = Saver(grid.rank, ranks, watch)
+        self._parts: list[list[Part]] = []
+        self._target = Path()
+        self._keep: int | None = None
+        self._saved_at, self._served, self._stops = -1, 0, 0
+        self._stop_requested = False
+
+    @property
+    def target(self) -> Path:
+        """Where the latest checkpoint went."""
+        return self._target
+
+    # When --------------------------------------------------------------------------------------
+
+    def mark(self, plan: Checkpoints | None) -> Kind | None:
+        """What is to come before the next mini-batch; asked on a first stage."""
+        if plan is None:
+            return None
+        total = self._course.position.total
+        stops = self._stop_requested or (self._watch is not None and self._watch.stop_requested)
+        due = plan.every is not None and total and total % plan.every == 0
+        if not stops and (not due or total == self._saved_at):
+            return None
+        self._course.pause()
+        if stops:
+            return Kind.END
+        self.aim(plan.path(self._course.position), plan.keep)
+        self.skip()
+        return Kind.SAVE
+
+    @contextmanager
+    def stoppable(self, plan: Checkpoints | None) -> Iterator[None]:
+        """Have a SIGTERM ask for a checkpoint and the end, in the block."""
+        if self._watch is not None:
+            self._watch.saves = plan is not None
+        alone = self._watch is None and threading.current_thread() is threading.main_thread()
+        if plan is None or not alone:
+            yield
+            return
+
+        def request(number: int, frame: Any) -> None:
+            self._stop_requested = True
+
+        before = signal.signal(signal.SIGTERM, request)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def is_stopped(self, report: Report) -> bool:
+        """Whether any replica's call was ended early: then no pass is over, for none goes on."""
+        grid, watch = self._grid, self._watch
+        if grid.replicas == 1 or watch is None:
+            return report.stopped
+        self._stops += 1
+        key = f"stopped/{self._stops}"
+        if grid.stage == 0 and not grid.is_server:
+            watch.share(f"{key}/{grid.replica}", "yes" if report.stopped else "no")
+        return "yes" in [watch.learn(f"{key}/{replica}") for replica in range(grid.replicas)]
+
+    # Where to ----------------------------------------------------------------------------------
+
+    def aim(self, path: Path, keep: int | None) -> None:
+        """Where the next checkpoint goes: on ranks after the first, which folder it goes into."""
+        self._target, self._keep = path, keep
+
+    def skip(self) -> None:
+        """There is a checkpoint of this place: none is due."""
+        self._saved_at = self._course.position.total
+
+    # Of what -----------------------------------------------------------------------------------
+
+    def keep(self, engine: "Engine", message: Message) -> "Steps":
+        """Copy what a stage has to keep; with that of all stages here, have it written."""
+        while self._saver.is_busy:
+            yield Soon()
+        grid, stage = self._grid, engine.stage
+        state = collect(engine)
+        if stage.is_first:
+            state["course"] = self._course.state_dict()
+        weights = stage.state_dict() if grid.replica == 0 else None
+        who = label(grid.replica, grid.replicas, stage.index)
+        own = [Part.of(who, stage.index, weights, state)]
+        if (shard := stage.peers.shard) is not None:
+            own.append(self._part_of(shard))
+        self._await_server(stage.index)
+        self._parts.append(own)
+        if len(self._parts) == self._stages:
+            parts, self._parts = self._parts, []
+            self._start([part for each in parts for part in each])
+
+    def keep_server(self, call: "Call", shard: "Serves") -> None:
+        """Copy what a server has to keep, in a process that has no stage, and have it written."""
+        part = self._part_of(shard)
+        self._served += 1
+        self.wait()
+        self._start([part])
+
+    def _part_of(self, shard: "Serves") -> Part:
+        stage = self._grid.stage
+        part = Part.of(f"server-{stage}", stage, None, shard.state_dict())
+        if self._watch is not None:  # nobody must push before
+            self._watch.share(f"kept/{self._served}/{stage}", "")
+        return part
+
+    def _await_server(self, stage: int) -> None:
+        if self._watch is not None and self._has_servers:
+            self._watch.learn(f"kept/{self._served}/{stage}")
+        self._served += 1
+
+    def _start(self, parts: list[Part]) -> None:
+        head = self._head(self._target) if self._grid.rank == 0 else None
+        self._saver.start(self._target, parts, head, self._keep)
+
+    def wait(self) -> None:
+        """Until nothing is being written.
+
+        Raises:
+            OSError: it could not be, in one process alone.
+        """
+        while self._saver.is_busy:
+            assert self._watch is not None
+            self._watch.idle(patient=False)

@@ -1,0 +1,154 @@
+"""Be what a checkpoint is of: each stage and each server its part."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..errors import first_line
+from ..grid import Grid
+from ..partition import Partition
+from .checkpoint import Checkpoint, CheckpointError, label
+from .state import recut, restore
+
+if TYPE_CHECKING:
+    from ..engine import Call, Engine
+    from ..replicas.server import Serves
+    from ..watch import Watch
+
+__all__ = ["Restoring", "check_layers", "find"]
+
+OTHER = {
+    "rules": "another rule",
+    "corrections": "other corrections",
+    "replicas": "another way of sharing weights",
+    "cut": "another cut",
+}
+
+
+class Restoring:
+    """A checkpoint on its way into the stages of this process.
+
+    Args:
+        cut, kinds: of the pipeline that is to go on from it.
+        stages: those in this process.
+        watch, has_servers: as for a `Keeper`.
+        number: of the checkpoints loaded before.
+    """
+
+    def __init__(
+        self,
+        found: Checkpoint,
+        cut: Partition,
+        kinds: dict[str, Any],
+        grid: Grid,
+        stages: Sequence[int],
+        watch: "Watch | None",
+        has_servers: bool,
+        number: int,
+    ) -> None:
+        self._found, self._grid, self._kinds = found, grid, kinds
+        self._watch, self._has_servers, self._number = watch, has_servers, number
+        layers = [[layer.name for layer in stage] for stage in cut.stages]
+        self.is_same = layers == found.layers and kinds == found.kinds
+        alike = found.replicas == grid.replicas and not grid.is_server
+        replica = grid.replica if alike else 0
+        wanted = {0, *stages} if self.is_same else range(found.stages)
+        self._states = {j: found.state(label(replica, found.replicas, j)) for j in wanted}
+        # Of a first stage's course through its data there are fewer turns where there are replicas.
+        self.share = found.replicas / grid.replicas
+
+    @property
+    def course(self) -> Any:
+        """The state of the first stage's course through its data."""
+        return self._states[0]["course"]
+
+    @property
+    def trained(self) -> int:
+        """Micro-batches that its stages had trained on."""
+        return int(self._states[0]["trained"])
+
+    def __call__(self, engine: "Engine") -> None:
+        """Restore a stage.
+
+        Raises:
+            CheckpointError: it does not fit.
+            ValueError: it is of another optimizer.
+        """
+        stage, found = engine.stage, self._found
+        try:
+            stage.load_state_dict(found.weights(stage.layers.state_dict().keys()))
+            if self.is_same:
+                restore(engine, self._states[stage.index], found.depths)
+            else:
+                recut(engine, [*self._states.values()])
+        except (KeyError, TypeError, IndexError, AttributeError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{found.folder} does not fit stage {stage.index} of this pipeline "
+                f"({type(error).__name__}: {first_line(error)}): it was written for other layers, "
+                "or by another version; load_state_dict(load_weights(…)) takes what it has of "
+                "weights"
+            ) from error
+        if (shard := stage.peers.shard) is not None:
+            self._restore(shard)
+        if self._watch is not None and self._has_servers:
+            self._watch.learn(f"restored/{self._number}/{stage.index}")
+
+    def attend(self, call: "Call", shard: "Serves") -> None:
+        """Restore a server, in a process that has no stage."""
+        self._restore(shard)
+
+    def _restore(self, shard: "Serves") -> None:
+        who = f"server-{self._grid.stage}"
+        if self.is_same and self._found.has(who):
+            shard.load_state_dict(self._found.state(who))
+        if self._watch is not None:  # nobody must push before
+            self._watch.share(f"restored/{self._number}/{self._grid.stage}", "")
+
+    def explain(self) -> str:
+        """What carries over, where not all does."""
+        found, now = self._found, self._grid.stages
+        if found.stages != now:
+            many = "stage" if found.stages == 1 else "stages"
+            what = f"{found.stages} {many}, this pipeline {now}"
+        else:
+            kinds = self._kinds
+            differs = next((key for key in kinds if kinds[key] != found.kinds.get(key)), "cut")
+            what = f"{OTHER[differs]} than this pipeline"
+        return (
+            f"headrace: {found.folder} has {what}: weights, optimizers, learning rates and the "
+            "place in the data carry over; the state of rules, corrections and stages' random "
+            "numbers begins anew"
+        )
+
+
+def find(path: Any, watch: "Watch | None", rank: int, number: int) -> Checkpoint:
+    """The checkpoint at a path, which may be a folder of several: the first rank says which.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    if watch is None:
+        return Checkpoint.open(path)
+    key = f"load/{number}"
+    if rank == 0:
+        found = Checkpoint.open(path)
+        watch.share(key, str(found.folder))
+        return found
+    return Checkpoint.open(watch.learn(key))
+
+
+def check_layers(found: Checkpoint, own: list[str]) -> None:
+    """Refuse the checkpoint of another model.
+
+    Raises:
+        CheckpointError: its layers have other names.
+    """
+    theirs = [name for stage in found.layers for name in stage]
+    if theirs != own:
+        raise CheckpointError(
+            f"{found.folder} is of a model with the layers {_some(theirs)}, and this one has "
+            f"{_some(own)}"
+        )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names) if len(names) <= 6 else f"{names[0]} to {names[-1]} ({len(names)})"
