@@ -1,6 +1,8 @@
 """From a configuration to objects: the model, the data, the pipeline."""
 
+import importlib.util
 import math
+import random
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -39,6 +41,7 @@ __all__ = [
     "make_scheduler",
     "make_settings",
     "samples_per_epoch",
+    "seed_others",
     "updates",
     "uses_total",
 ]
@@ -51,6 +54,15 @@ def make_model(config: Config) -> nn.Sequential:
     torch.manual_seed(config.seed)
     model: nn.Sequential = call("model", build("model", config.model))
     return model
+
+
+def seed_others(seed: int) -> None:
+    """Seed Python's and NumPy's random numbers, which a data set may draw from."""
+    random.seed(seed)
+    if importlib.util.find_spec("numpy") is not None:
+        import numpy as np
+
+        np.random.seed(seed % 2**32)
 
 
 def make_loss(config: Config) -> Callable[[Any, Any], Tensor]:

@@ -5,14 +5,16 @@ What torchrun restarts finds the run's folder in the store, where the first star
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from headrace.pipeline.checkpoints import Checkpoint, Checkpoints, find_latest
 
-from .config import Config
+from .config import Config, to_yaml
 from .ranks import hear, rank, recall, remember, tell
 from .run_files import new_folder
+from .strict_yaml import load
 
-__all__ = ["Beginning", "find_beginning", "plan_checkpoints", "run_folder"]
+__all__ = ["Beginning", "differences", "find_beginning", "plan_checkpoints", "run_folder"]
 
 RUNS = Path("runs")
 PLACE = "checkpoints"
@@ -53,7 +55,8 @@ def _look(config: Config) -> Beginning:
     if resume is None:
         return Beginning()
     if resume != "auto":
-        return Beginning(None, Checkpoint.open(resume).folder)
+        own = Path(resume) / PLACE
+        return Beginning(None, Checkpoint.open(own if own.is_dir() else resume).folder)
     started = [path for path in RUNS.glob(f"{config.name}*") if _is_of(path.name, config.name)]
     newest = max(started, key=_number, default=None)
     if newest is None or (newest / "summary.json").exists():  # none, or it came to its end
@@ -104,3 +107,23 @@ def plan_checkpoints(config: Config, folder: Path | None) -> Checkpoints | None:
 def run_folder(config: Config, beginning: Beginning) -> Path:
     """The folder of a run, made now if it is new."""
     return beginning.folder or new_folder(RUNS, config.name)
+
+
+GOES_ON = ("optimizer", "scheduler", "data", "loss", "seed")
+"""What a run that goes on has of its checkpoint, or is at its place by."""
+
+
+def differences(config: Config, saved: Any) -> str:
+    """Which of those keys a configuration has otherwise than a checkpoint's; nothing if none."""
+    then = load(saved) if isinstance(saved, str) and saved else None
+    now = load(to_yaml(config))
+    if not isinstance(then, dict):
+        return ""
+    keys = [key for key in GOES_ON if then.get(key) != now.get(key)]
+    if not keys:
+        return ""
+    return (
+        f"{', '.join(keys)} {'differs' if len(keys) == 1 else 'differ'} from what the checkpoint "
+        "was saved with; its optimizers, learning rates and place in the data are gone on with all "
+        "the same"
+    )

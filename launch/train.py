@@ -26,13 +26,14 @@ from .assemble import (
     make_pipeline,
     make_replicas,
     samples_per_epoch,
+    seed_others,
     updates,
     uses_total,
 )
 from .config import Config, parse
 from .journal import Journal
 from .ranks import check_stages, hear, rank, refuse_error, stop, tell
-from .resume import Beginning, find_beginning, plan_checkpoints, run_folder
+from .resume import Beginning, differences, find_beginning, plan_checkpoints, run_folder
 
 __all__ = ["main"]
 
@@ -51,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             torch.set_num_threads(config.threads)
         data = _make_data(config, grid)
         beginning = find_beginning(config)
+        seed_others(config.seed)
         pipe = make_pipeline(config, make_model(config), data.updates)
     except (ValueError, TypeError) as error:
         refuse_error(error)
@@ -89,6 +91,8 @@ def _run(config: Config, data: _Data, pipe: Pipeline, beginning: Beginning) -> N
     """Every rank does the same; the first one keeps the journal."""
     if beginning.checkpoint is not None:
         pipe.load(beginning.checkpoint)
+        if pipe.rank == 0 and (line := differences(config, pipe.notes.get("config", ""))):
+            print(f"headrace: {line}", flush=True)
     pipe.prepare(data.train)
     folder = run_folder(config, beginning) if pipe.rank == 0 else None
     journal = Journal(config, pipe, data.samples, folder) if folder else None

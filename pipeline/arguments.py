@@ -1,5 +1,6 @@
 """A pipeline's arguments: each is refused by name, with its value and what to write instead."""
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ __all__ = [
     "check_fitting",
     "check_growth",
     "check_kinds",
+    "check_notes",
     "check_plan",
     "check_rules",
     "check_shared",
@@ -290,8 +292,30 @@ def check_plan(plan: Checkpoints | None, replicas: Replicas | None) -> None:
     Raises:
         ValueError: with what to write instead.
     """
+    if plan is not None and not isinstance(plan, Checkpoints):
+        raise TypeError(
+            f"checkpoints={plan!r}: give where and when, as in "
+            f"Checkpoints({str(plan)!r}, every=500)"
+        )
     if plan is not None and plan.every is not None and replicas is not None:
         raise ValueError(
             f"checkpoints with every={plan.every} and replicas: they are at different places in "
             "the middle of a pass; leave every out, for one at its end"
         )
+
+
+def check_notes(notes: Any) -> dict[str, Any]:
+    """A copy of what a user wants kept, which must be JSON's.
+
+    Raises:
+        ValueError: something in it is not; with its name.
+    """
+    for name, value in dict(notes).items():
+        try:
+            json.dumps({name: value}, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"notes[{name!r}]={value!r} cannot be kept in a checkpoint ({error}): write a "
+                "finite number, text, or a list or dict of such"
+            ) from None
+    return dict(notes)

@@ -58,10 +58,10 @@ class Course:
             self._here = resumes["here"]
             _restore(self._here, self._generators)
             first = next(batches, None)
-            if first is None:
-                return
             # Between the drawing of this one and the checkpoint, layers may have drawn.
             _restore(resumes["now"], self._generators)
+            if first is None:  # it was made at the end of the pass
+                return
             yield first
         yield from batches
 

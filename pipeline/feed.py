@@ -74,14 +74,16 @@ def feed(
         closes: whether a micro-batch of so many samples, the last of its mini-batch or not, closes
             an update; asked when it is fed.
         course: is told of each mini-batch that went in.
-        mark: asked before each mini-batch is drawn: SAVE, to make a checkpoint before it goes in;
-            END, to end the call early, if there is one.
+        mark: asked before each mini-batch is drawn, and at the end: SAVE, to make a checkpoint
+            before it goes in; END, to end the call early, if there is one.
     """
     yield from begin(call)
     iterator = iter(batches)
     while True:
         before = mark()
         if (batch := next(iterator, None)) is None:
+            if before is Kind.SAVE:
+                yield Message(Kind.SAVE, start)
             break
         if before is Kind.END:
             yield Message(Kind.END, last=True)

@@ -25,6 +25,7 @@ from .arguments import (
     check_fitting,
     check_growth,
     check_kinds,
+    check_notes,
     check_plan,
     check_rules,
     check_shared,
@@ -411,6 +412,8 @@ class Pipeline:
         """
         self._require_open()
         with self._reporting("loading a checkpoint", refuses=True):
+            if not isinstance(path, str | Path):
+                raise TypeError(f"path={path!r}: give the name of a checkpoint's folder")
             if Path(path).is_file():
                 self.load_state_dict(load_weights(path))
                 return self.position
@@ -614,6 +617,12 @@ class Pipeline:
                 batches = self._course.find(deal(batches, loader, self._grid))
             first = next(batches, None)
             if first is None:  # a checkpoint was made at the very end of a pass
+                if self.partition is None:
+                    raise InputError(
+                        "the checkpoint was made at the end of a pass, so there is no mini-batch "
+                        "to measure the layers on: call prepare(loader) first, or write another "
+                        "balance than 'time'"
+                    )
                 return iter(())
             if self.partition is None:
                 self._adopt(self._blueprint.cut_by_time(first if self.rank == 0 else None))
@@ -648,7 +657,7 @@ class Pipeline:
         assert self.partition is not None
         layers = [[layer.name for layer in stage] for stage in self.partition.stages]
         depths = [*self.depths]
-        kinds, notes = self._blueprint.kinds, dict(self.notes)
+        kinds, notes = self._blueprint.kinds, check_notes(self.notes)
         return Checkpoint(final, self.position, layers, self._grid.replicas, depths, kinds, notes)
 
     def _save_now(self, path: Path, keep: int | None) -> None:
@@ -686,7 +695,7 @@ class Pipeline:
         self._run(Call.RESTORE)
         if isinstance(self._driver, Serving):
             self._driver.attend = self._keeper.keep_server
-        self._course.position = found.position
+        self._course.position = Position(found.position.epochs)
         if self.is_first:
             self._course.load_state_dict(restoring.course, restoring.share)
         self._keeper.skip()

@@ -8,6 +8,7 @@ step-00001000/
 """
 
 import json
+import warnings
 from collections.abc import Container, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -49,6 +50,7 @@ class Checkpoint:
         depths: micro-batches in flight behind a forward of each stage.
         kinds: the rule of each stage, the corrections, the way of sharing weights.
         notes: the user's own (`Pipeline.notes`).
+        made: when, in seconds since 1970.
         files: by name in the folder.
     """
 
@@ -59,6 +61,7 @@ class Checkpoint:
     depths: list[int]
     kinds: dict[str, Any] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
+    made: float = 0.0
     files: dict[str, Entry] = field(default_factory=dict)
 
     @classmethod
@@ -77,6 +80,8 @@ class Checkpoint:
         if not (folder / MANIFEST).exists():
             found, faults = find_latest(folder)
             if found is not None:
+                for fault in faults:
+                    warnings.warn(f"{fault}; an older checkpoint is taken", stacklevel=3)
                 return found
             raise CheckpointError(_nothing(Path(path), folder, faults))
         opened = cls._read(folder)
@@ -99,8 +104,8 @@ class Checkpoint:
             files = {str(name): _entry(each) for name, each in manifest["files"].items()}
             depths = [int(depth) for depth in manifest["depths"]]
             kinds, notes = dict(manifest["kinds"]), dict(manifest["notes"])
-            replicas = int(manifest["replicas"])
-            return cls(folder, position, layers, replicas, depths, kinds, notes, files)
+            replicas, made = int(manifest["replicas"]), float(manifest["made"])
+            return cls(folder, position, layers, replicas, depths, kinds, notes, made, files)
         except CheckpointError:
             raise
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -110,8 +115,9 @@ class Checkpoint:
 
     def manifest(self) -> dict[str, Any]:
         """What `open` reads."""
-        own = {"position": asdict(self.position), "layers": self.layers, "depths": self.depths}
-        own |= {"kinds": self.kinds}
+        own: dict[str, Any] = {"position": asdict(self.position), "layers": self.layers}
+        own["depths"] = self.depths
+        own |= {"kinds": self.kinds, "made": self.made}
         rest = {"replicas": self.replicas, "notes": self.notes, "files": self.files}
         return {"format": FORMAT, **own, **rest}
 
@@ -189,17 +195,19 @@ def _nothing(path: Path, folder: Path, faults: list[str]) -> str:
 
 
 def candidates(folder: Path) -> list[Path]:
-    """The checkpoints in a folder that have their manifest, the newest first."""
+    """The checkpoints in a folder that have their manifest, the one made last first: it may be
+    of fewer steps than those of another run, or of one that was gone back in.
+    """
     found = [file.parent for file in folder.glob(f"*/{MANIFEST}") if file.parent.name[0] != "."]
     return sorted(found, key=_age, reverse=True)
 
 
-def _age(path: Path) -> tuple[int, bool, str]:
+def _age(path: Path) -> tuple[float, bool, str]:
     try:
-        count = int(json.loads((path / MANIFEST).read_bytes())["position"]["micro_batches"])
+        made = float(json.loads((path / MANIFEST).read_bytes())["made"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        count = -1
-    return (count, not path.name.endswith(REPLACED), path.name)
+        made = -1.0
+    return (made, not path.name.endswith(REPLACED), path.name)
 
 
 def remains(folder: Path) -> list[Path]:

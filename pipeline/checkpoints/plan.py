@@ -19,7 +19,7 @@ class Checkpoints:
         keep: how many; older ones are removed once a new one is whole.
 
     Raises:
-        ValueError: a number that is too small.
+        TypeError, ValueError: a folder that is none, a number that is too small.
     """
 
     folder: str | Path
@@ -27,10 +27,13 @@ class Checkpoints:
     keep: int = 2
 
     def __post_init__(self) -> None:
+        if not isinstance(self.folder, str | Path) or not str(self.folder):
+            raise TypeError(f"folder={self.folder!r}: give a folder's name")
         for name, value in (("every", self.every), ("keep", self.keep)):
             given = name == "keep" or value is not None
             if given and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name}={value!r}: give a whole number >= 1")
+                rest = ", or None: at the end of each call" if name == "every" else ""
+                raise ValueError(f"{name}={value!r}: give a whole number >= 1{rest}")
 
     def path(self, position: Position) -> Path:
         """Where the checkpoint of a position goes."""

@@ -1,9 +1,9 @@
 """Be what a checkpoint is of: each stage and each server its part."""
 
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..errors import first_line
 from ..grid import Grid
 from ..partition import Partition
 from .checkpoint import Checkpoint, CheckpointError, label
@@ -83,9 +83,9 @@ class Restoring:
         except (KeyError, TypeError, IndexError, AttributeError, RuntimeError) as error:
             raise CheckpointError(
                 f"{found.folder} does not fit stage {stage.index} of this pipeline "
-                f"({type(error).__name__}: {first_line(error)}): it was written for other layers, "
-                "or by another version; load_state_dict(load_weights(…)) takes what it has of "
-                "weights"
+                f"({type(error).__name__}: {' '.join(str(error).split())}): it was written for "
+                "other layers, or by another version; load_state_dict(load_weights(…)) takes what "
+                "it has of weights"
             ) from error
         if (shard := stage.peers.shard) is not None:
             self._restore(shard)
@@ -133,7 +133,15 @@ def find(path: Any, watch: "Watch | None", rank: int, number: int) -> Checkpoint
         found = Checkpoint.open(path)
         watch.share(key, str(found.folder))
         return found
-    return Checkpoint.open(watch.learn(key))
+    end = time.monotonic() + watch.patience
+    while (folder := watch.peek(key)) is None:
+        watch.idle()
+        if time.monotonic() > end:
+            raise RuntimeError(
+                "this rank called load(), and the first rank does not: every rank must make the "
+                "same calls in the same order"
+            )
+    return Checkpoint.open(folder)
 
 
 def check_layers(found: Checkpoint, own: list[str]) -> None:

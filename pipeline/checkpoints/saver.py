@@ -65,7 +65,7 @@ class Saver:
         self._number = 0
         self._told: dict[str, str] = {}
         self._thread: threading.Thread | None = None
-        self._error: OSError | None = None
+        self._error: Exception | None = None
 
     @property
     def is_busy(self) -> bool:
@@ -112,6 +112,10 @@ class Saver:
                 self._error = OSError(error.errno, f"{text}; those before it are whole")
             else:
                 self._watch.fail(f"{text}; those before it are whole", code=1)
+        except Exception as error:
+            self._error = error
+            if self._watch is not None:
+                self._watch.fail_by(error, f"writing the checkpoint {final}")
 
     def _make(
         self,
@@ -131,12 +135,12 @@ class Saver:
             if head is not None:
                 for rank in range(1, self._ranks):
                     entries |= json.loads(self._learn(f"{key}/{rank}"))
-                _finish(partial, replace(head, files=entries))
+                _finish(partial, replace(head, made=time.time(), files=entries))
                 if keep is not None:
                     _prune(final.parent, keep)
                 self._share(f"{key}/done", "")
             self._learn(f"{key}/done")
-        except OSError:
+        except Exception:
             shutil.rmtree(partial, ignore_errors=True)  # a full disk has room again
             raise
 

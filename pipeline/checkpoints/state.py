@@ -33,7 +33,9 @@ def collect(engine: "Engine") -> dict[str, Any]:
     assert not stage.flights, "nothing may be in flight"
     return {
         "optimizers": optimizer_states(stage.optimizers, stage.owned),
-        "schedulers": get(stage.schedulers),
+        "schedulers": [
+            {"kind": type(each).__name__, "state": each.state_dict()} for each in stage.schedulers
+        ],
         "counts": {name: getattr(stage, name) for name in COUNTS},
         "own": {name: get(getattr(stage, name)) for name in OWN},
         "sampled": tuple(stage.sampled),
@@ -92,11 +94,17 @@ def recut(engine: "Engine", saved: Sequence[Mapping[str, Any]]) -> None:
 def _restore_optimizers(stage: "Stage", saved: Sequence[Mapping[str, Any]]) -> None:
     load_optimizers(stage.optimizers, stage.owned, [each["optimizers"] for each in saved])
     theirs = max((each["schedulers"] for each in saved), key=len)
-    if len(theirs) < len(stage.schedulers):
-        raise ValueError("the checkpoint has no learning-rate scheduler, or fewer than there are")
-    for scheduler, state in zip(stage.schedulers, theirs, strict=False):
+    kinds = [type(scheduler).__name__ for scheduler in stage.schedulers]
+    if stage.optimizers and kinds != [each["kind"] for each in theirs][: len(kinds) or None]:
+        before = ", ".join(each["kind"] for each in theirs) or "none"
+        raise ValueError(
+            f"the checkpoint has the learning-rate scheduler {before}, and this pipeline "
+            f"{', '.join(kinds) or 'none'}: write the one that it was saved with, or load its "
+            "weights alone: load_state_dict(load_weights(…))"
+        )
+    for scheduler, each in zip(stage.schedulers, theirs, strict=False):
         own = {"base_lrs": scheduler.base_lrs} if len(saved) > 1 else {}
-        scheduler.load_state_dict({**state, **own})
+        scheduler.load_state_dict({**each["state"], **own})
 
 
 def _restore_counts(engine: "Engine", saved: Mapping[str, Any], depths: tuple[int, ...]) -> None:

@@ -26,7 +26,9 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
         try:
             return read_tensors(path)
         except ValueError as error:
-            raise CheckpointError(str(error)) from error
+            raise CheckpointError(
+                f"{error}; load_state_dict(torch.load({str(path)!r})) takes one of torch.save's"
+            ) from error
     return Checkpoint.open(path).weights()
 
 

@@ -259,7 +259,8 @@ def test_damage_is_found_and_the_one_before_taken(tmp_path: Path, damage: Any) -
         found, faults = find_latest(tmp_path / "all")
         assert found is not None and found.folder == older
         assert len(faults) == 1 and str(newer / name) in faults[0]
-        assert pipeline(3).load(tmp_path / "all/latest").epochs == 1
+        with pytest.warns(UserWarning, match="an older checkpoint is taken"):
+            assert pipeline(3).load(tmp_path / "all/latest").epochs == 1
         with pytest.raises(CheckpointError, match=f"{name}.*the checkpoint is damaged; go on from"):
             pipeline(3).load(newer)
         shutil.rmtree(newer)
@@ -313,7 +314,7 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
         pipe.train(BATCHES, checkpoints=Checkpoints(tmp_path, every=2, keep=3))
     pipe.drain()
     pipe.close()
-    assert sorted(p.name for p in tmp_path.iterdir()) == [f"step-{n:08d}" for n in (22, 24, 26)], (
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"step-{n:08d}" for n in (24, 26, 28)], (
         "and nothing that is not whole"
     )
 
@@ -357,3 +358,63 @@ def test_a_crash_at_any_file_leaves_the_one_before(
         break
     assert call > 10, "so many calls were made to fail"
     assert [p.name for p in (tmp_path / "all").iterdir()] == ["step-00000014"]
+
+
+def test_one_is_due_at_the_end_of_a_pass(tmp_path: Path) -> None:
+    """After the last mini-batch there is none before which it could be made."""
+    for every in (7, 14):
+        with pipeline(2) as pipe:
+            for _ in range(2):
+                pipe.train(BATCHES, checkpoints=Checkpoints(tmp_path / str(every), every, keep=9))
+            weights = pipe.state_dict()
+        steps = sorted(p.name for p in (tmp_path / str(every)).iterdir())
+        assert steps == [f"step-{n:08d}" for n in range(every, 15, every)]
+        again = pipeline(2, seed=4)
+        again.load(tmp_path / str(every) / steps[0])
+        while again.position.epochs < 2:
+            again.train(BATCHES, checkpoints=Checkpoints(tmp_path / "again", every, keep=9))
+        assert_same(again.state_dict(), weights)
+
+
+@pytest.mark.parametrize("value", (float("inf"), torch.ones(1), {1, 2}), ids=repr)
+def test_notes_that_are_no_data(tmp_path: Path, value: Any) -> None:
+    pipe = pipeline(2)
+    pipe.train(BATCHES)
+    pipe.notes["best"] = value
+    with pytest.raises(ValueError, match=r"notes\['best'\]=.* cannot be kept in a checkpoint"):
+        pipe.save(tmp_path / "one")
+
+
+def test_an_older_run_of_more_steps_does_not_push_out_a_new_one(tmp_path: Path) -> None:
+    pipe = pipeline(2)
+    for _ in range(3):
+        pipe.train(BATCHES, checkpoints=Checkpoints(tmp_path))
+    new = pipeline(2, seed=5)
+    new.train(BATCHES, checkpoints=Checkpoints(tmp_path))
+    assert_same(load_weights(tmp_path), new.state_dict())
+
+
+def test_another_scheduler(tmp_path: Path) -> None:
+    lr = torch.optim.lr_scheduler
+    saved(tmp_path / "one", scheduler=partial(lr.StepLR, step_size=3))
+    for other, name in ((partial(lr.LinearLR, total_iters=9), "LinearLR"), (None, "none")):
+        text = f"has the learning-rate scheduler StepLR, and this pipeline {name}: write the one"
+        with pytest.raises(ValueError, match=text):
+            pipeline(3, scheduler=other).load(tmp_path / "one")
+
+
+@pytest.mark.parametrize(
+    ("act", "kind", "text"),
+    (
+        (lambda: Checkpoints(5), TypeError, "folder=5: give a folder's name"),  # type: ignore[arg-type]
+        (lambda: pipeline(2).load(5), TypeError, "path=5: give the name"),  # type: ignore[arg-type]
+        (
+            lambda: pipeline(2).train(BATCHES, checkpoints="x"),  # type: ignore[arg-type]
+            TypeError,
+            r"checkpoints='x': give where and when, as in Checkpoints\('x', every=500\)",
+        ),
+    ),
+)
+def test_arguments_that_are_none(act: Any, kind: type[Exception], text: str) -> None:
+    with pytest.raises(kind, match=text):
+        act()
