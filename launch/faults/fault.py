@@ -18,7 +18,7 @@ class Moment:
     """When.
 
     Args:
-        after: so many mini-batches are in a checkpoint; the job may be in its first start still.
+        after: so many mini-batches are in a checkpoint that the ranks of then have made.
         delay: seconds more.
         starting: count them from when the ranks are there, instead, while they start.
     """
@@ -54,9 +54,9 @@ class Fault(ABC):
 
     def await_moment(self, job: Job) -> Mapping[int, Worker]:
         """The ranks that it comes to."""
+        found = job.await_workers()
         if not self.moment.starting:
             job.await_progress(self.moment.after)
-        found = job.await_workers()
         time.sleep(self.moment.delay)
         return found
 

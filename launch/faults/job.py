@@ -7,6 +7,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -51,6 +52,8 @@ class Job:
         self.checkpoints = folder / "runs" / "job" / "checkpoints"
         self.run = self.checkpoints.parent
         self._torchrun: subprocess.Popen[bytes] | None = None
+        self._ranks: set[int] = set()
+        self._began = 0.0
         for each in (folder, folder / "tmp", folder / "runs"):
             each.mkdir(parents=True, exist_ok=True)
         config = workload.config(stages, pace, poisoned)
@@ -107,7 +110,10 @@ class Job:
             whole = len(found) == self.stages
             return found if whole and min(w.start for w in found.values()) >= start else None
 
-        return self.wait(look, f"ranks of start {start}")
+        found = self.wait(look, f"ranks of start {start}")
+        if (now := {worker.process for worker in found.values()}) != self._ranks:
+            self._ranks, self._began = now, time.time()
+        return found
 
     def await_restart(self, start: int) -> None:
         """All ranks of the start after this one.
@@ -187,10 +193,6 @@ class Job:
                 return line
         raise LostError(f"no report matches {pattern!r}: there is {found or 'none'}")
 
-    def progress(self) -> int:
-        """Mini-batches at the newest checkpoint."""
-        return max((number for number, _ in self.saved()), default=0)
-
     def saved(self) -> list[tuple[int, Path]]:
         """Mini-batches and folder of each checkpoint, the oldest first."""
         found = [file.parent for file in self.checkpoints.glob("step-*/checkpoint.json")]
@@ -198,11 +200,13 @@ class Job:
         return sorted((int(path.name[5:]) // self.workload.cuts, path) for path in whole)
 
     def await_progress(self, mini_batches: int) -> None:
-        """Until a checkpoint of so many mini-batches, or more, is there."""
-        self.wait(
-            lambda: self.progress() >= mini_batches or None,
-            f"checkpoint after mini-batch {mini_batches}",
-        )
+        """Until the ranks that are there now have made a checkpoint of so many, or more."""
+
+        def look() -> bool | None:
+            own = [number for number, path in self.saved() if _written(path) > self._began]
+            return max(own, default=0) >= mini_batches or None
+
+        self.wait(look, f"checkpoint after mini-batch {mini_batches}")
 
     def check_checkpoints(self) -> None:
         """See that all that have a manifest are whole.
@@ -217,3 +221,9 @@ class Job:
                 fault = str(error)
             if fault:
                 raise LostError(f"a checkpoint is not whole: {fault}")
+
+
+def _written(checkpoint: Path) -> float:
+    with suppress(OSError):  # it is being removed
+        return (checkpoint / "checkpoint.json").stat().st_mtime
+    return 0.0

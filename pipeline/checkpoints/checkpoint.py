@@ -224,13 +224,15 @@ def is_remains(path: Path) -> bool:
 
 def find_latest(folder: str | Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint in a folder that is as it was written, and what is wrong with those
-    that are newer; without a manifest, by their names.
+    that are newer; by their names, where they have no manifest that says so.
     """
     found, faults = _find_latest(Path(folder))
-    for path in remains(Path(folder)):
-        if found is None or path.name > found.folder.name:
-            faults.append(f"{path / MANIFEST} is missing")
-    return found, faults
+    unsaid = {path: f"{path / MANIFEST} is missing" for path in remains(Path(folder))}
+    if found is not None:
+        lost = [path for path in candidates(Path(folder)) if _age(path)[0] < 0]
+        unsaid |= {path: f"{path / MANIFEST} is not a checkpoint's manifest" for path in lost}
+    newer = [p for p in sorted(unsaid) if found is None or p.name > found.folder.name]
+    return found, [*faults, *(unsaid[path] for path in newer)]
 
 
 def _find_latest(folder: Path) -> tuple[Checkpoint | None, list[str]]:

@@ -18,20 +18,20 @@ from headrace.launch.faults.plan import KINDS, draw
 from headrace.launch.faults.verdict import check
 from headrace.launch.faults.workload import WORKLOADS
 
-SIX = ("kill", "pause", "preempt", "torchrun", "cut", "manifest")
+FIVE = ("kill", "two", "pause", "preempt", "cut")
 
 
-@pytest.mark.timeout(120)
-def test_six_faults(tmp_path: Path) -> None:
+@pytest.mark.timeout(180)
+def test_five_faults(tmp_path: Path) -> None:
     """Each is survived, and the weights at the end are those of the undisturbed run."""
-    command = [sys.executable, "-m", "headrace.launch.chaos", "--faults", "6", "--stages", "2"]
-    command += ["--seed", "18"]
-    command += ["--kinds", ",".join(SIX), "--folder", str(tmp_path / "chaos")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=110, env=os.environ)
+    command = [sys.executable, "-m", "headrace.launch.chaos", "--faults", "5", "--stages", "2"]
+    command += ["--seed", "41"]
+    command += ["--kinds", ",".join(FIVE), "--folder", str(tmp_path / "chaos")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=170, env=os.environ)
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads((tmp_path / "chaos/results.json").read_text())
-    assert results["lost"] == [] and results["seed"] == 18
-    names = {KINDS[kind][0].name for kind in SIX}
+    assert results["lost"] == [] and results["seed"] == 41
+    names = {KINDS[kind][0].name for kind in FIVE}
     assert Counter(row["what"] for row in results["faults"]) == Counter(names)
     assert done.stdout.count("came to its end: as undisturbed") == 1
     assert "| all, in 1 jobs" in done.stdout
@@ -61,7 +61,7 @@ def test_a_fault_that_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         job.expect("is gone", 0)
     try:
         job.start_alone("--epochs", "0")
-        with pytest.raises(LostError, match=r"ended with 2.*no checkpoint after mini-batch 30"):
+        with pytest.raises(LostError, match=r"ended with 2.*no ranks of start 0"):
             Kill(random.Random(0), Moment(30, 0.0)).await_moment(job)
     finally:
         job.end()

@@ -275,6 +275,11 @@ def test_a_manifest_that_is_gone(tmp_path: Path) -> None:
     weights = pipe.state_dict()
     pipe.close()
     older, newer = sorted((tmp_path / "all").iterdir())
+    for text in ("", "[]", "{}", '{"position'):
+        (newer / "checkpoint.json").write_text(text)
+        assert find_latest(tmp_path / "all")[1] == [
+            f"{newer / 'checkpoint.json'} is not a checkpoint's manifest"
+        ]
     (newer / "checkpoint.json").unlink()
     found, faults = find_latest(tmp_path / "all")
     assert found is not None and found.folder == older
