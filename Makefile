@@ -15,7 +15,7 @@ demo: $(STAMP)
 	@$(BIN)/torchrun --standalone --nproc-per-node 2 -m headrace.launch.train --config launch/configs/digits.yaml
 
 test: $(STAMP)
-	@$(BIN)/python -m pytest -q
+	@$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 lint: $(STAMP)
 	@$(BIN)/ruff format --check --quiet . && $(BIN)/ruff check --quiet .
