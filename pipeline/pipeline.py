@@ -167,6 +167,7 @@ class Pipeline:
         self._closed = False
         self._ended_by = ""
         self._calls = self._loads = 0
+        self._under_way: Call | None = None
         self._warned = False
         self.notes: dict[str, Any] = {}
         """What the user wants to find again in a checkpoint: JSON's types; the first rank's."""
@@ -302,7 +303,8 @@ class Pipeline:
             raise ValueError(f"log_every={log_every!r}: give a whole number >= 1")
         check_plan(checkpoints, self._blueprint.replicas)
         if checkpoints is not None:
-            self._keeper.aim(checkpoints.path(self.position), checkpoints.keep)
+            with self._reporting("making the folder of checkpoints"):
+                self._keeper.prepare(checkpoints)
         batches = self._open(loader, pairs_only=True, trains=True)
         self._warn_of_delay()
         messages = None
@@ -720,13 +722,22 @@ class Pipeline:
         assert driver is not None
         if call is not Call.CLOSE:
             self._require_open()
+        if self._under_way is not None:
+            raise RuntimeError(
+                f"{call.name.lower()}() while {self._under_way.name.lower()}() is under way, from a "
+                "log, a loader or a thread: make one call after the other (train saves within "
+                "itself with checkpoints=)"
+            )
         with self._reporting(lambda: driver.doing), _gradients():
+            self._under_way = call
             try:
                 result = driver.run(call, messages or begin(call))
             except BaseException as error:
                 self._closed = self._closed or self._watch is None
                 self._ended_by = f"{type(error).__name__}: {first_line(error)}"
                 raise
+            finally:
+                self._under_way = None
             self._source.finish()
             self._tell_servers(call, result)
             return result

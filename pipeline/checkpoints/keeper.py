@@ -1,6 +1,7 @@
 """One process's part in making checkpoints: when, of what, and where to."""
 
 import signal
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -113,6 +114,26 @@ class Keeper:
     def aim(self, path: Path, keep: int | None) -> None:
         """Where the next checkpoint goes: on ranks after the first, which folder it goes into."""
         self._target, self._keep = path, keep
+
+    def prepare(self, plan: Checkpoints) -> None:
+        """Before a call that is to save: see that it can.
+
+        Raises:
+            OSError: nothing can be written there.
+        """
+        self.aim(plan.path(self._course.position), plan.keep)
+        if self._grid.rank == 0:
+            folder = Path(plan.folder)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryFile(dir=folder):
+                    pass
+            except OSError as error:
+                raise OSError(
+                    error.errno,
+                    f"checkpoints cannot be written into {folder}: {error.strerror}; give a folder "
+                    "that is yours",
+                ) from error
 
     def skip(self) -> None:
         """There is a checkpoint of this place: none is due."""

@@ -408,6 +408,29 @@ def test_another_scheduler(tmp_path: Path) -> None:
             pipeline(3, scheduler=other).load(tmp_path / "one")
 
 
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    plan = Checkpoints(tmp_path / "file" / "in", every=1000)
+    with pytest.raises(
+        OSError, match=r"checkpoints cannot be written into .*Not a directory; give"
+    ):
+        pipeline(2).train(BATCHES, checkpoints=plan)
+
+
+def test_a_call_within_a_call(tmp_path: Path) -> None:
+    pipe = pipeline(2)
+    said: list[str] = []
+
+    def log(progress: Any) -> None:
+        try:
+            pipe.save(tmp_path / "x")
+        except RuntimeError as error:
+            said.append(str(error))
+
+    assert pipe.train(BATCHES, log=log, log_every=3).samples == 60
+    assert said[0].startswith("save() while train() is under way, from a log, a loader or a thread")
+
+
 @pytest.mark.parametrize(
     ("act", "kind", "text"),
     (
