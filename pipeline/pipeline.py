@@ -724,8 +724,8 @@ class Pipeline:
             self._require_open()
         if self._under_way is not None:
             raise RuntimeError(
-                f"{call.name.lower()}() while {self._under_way.name.lower()}() is under way, from a "
-                "log, a loader or a thread: make one call after the other (train saves within "
+                f"{call.name.lower()}() while {self._under_way.name.lower()}() is under way, from "
+                "a log, a loader or a thread: make one call after the other (train saves within "
                 "itself with checkpoints=)"
             )
         with self._reporting(lambda: driver.doing), _gradients():
