@@ -52,6 +52,11 @@ class Fault(ABC):
         self.draws, self.moment = draws, moment
         self.whose = ""
 
+    @property
+    def when(self) -> str:
+        """For a person to read."""
+        return str(self.moment)
+
     def await_moment(self, job: Job) -> Mapping[int, Worker]:
         """The ranks that it comes to."""
         found = job.await_workers()

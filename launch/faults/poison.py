@@ -17,6 +17,10 @@ class Poison(Fault):
     while_starting = False
     opens = ("--pipeline.on_nonfinite", "stop")
 
+    @property
+    def when(self) -> str:
+        return "in the first epoch"
+
     def await_moment(self, job: Job) -> Mapping[int, Worker]:
         return {}
 

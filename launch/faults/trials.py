@@ -117,7 +117,7 @@ class Trials:
             except (LostError, OSError, LookupError, ValueError) as error:
                 lost = str(error) if isinstance(error, LostError) else repr(error)
                 self.lost.append(f"fault {len(self.rows) + 1} ({fault.name}): {lost}")
-            what, when, whose = fault.name, str(fault.moment), fault.whose
+            what, when, whose = fault.name, fault.when, fault.whose
             seconds = time.monotonic() - begin
             number = len(self.rows) + 1
             yield Row(number, self._jobs, trial.workload, what, when, whose, ended, seconds, lost)
