@@ -410,7 +410,9 @@ def test_what_is_no_list_of_corrections_is_named(corrections: Any) -> None:
         Pipeline(tanh_net(), MSE, momentum, stages=3, corrections=corrections)
 
 
-@pytest.mark.parametrize("kind", ["inverse", LearningRate, 0.5, inverse], ids=str)
+@pytest.mark.parametrize(
+    "kind", ["inverse", LearningRate, 0.5, inverse], ids=lambda k: type(k).__name__
+)
 def test_what_is_no_correction_is_named(kind: Any) -> None:
     with pytest.raises(TypeError, match=r"give objects, as in corrections=\[LearningRate\("):
         Pipeline(tanh_net(), MSE, momentum, stages=3, corrections=[LearningRate(), kind])
