@@ -108,7 +108,7 @@ class Checkpoint:
             return cls(folder, position, layers, replicas, depths, kinds, notes, made, files)
         except CheckpointError:
             raise
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
             raise CheckpointError(
                 f"{folder / MANIFEST} is no manifest of a checkpoint ({error}): {REMEDY}"
             ) from error
@@ -205,7 +205,7 @@ def candidates(folder: Path) -> list[Path]:
 def _age(path: Path) -> tuple[float, bool, str]:
     try:
         made = float(json.loads((path / MANIFEST).read_bytes())["made"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, OverflowError, KeyError, TypeError, RecursionError):
         made = -1.0
     return (made, not path.name.endswith(REPLACED), path.name)
 

@@ -352,7 +352,7 @@ def test_one_replica_of_a_sparse_model_is_serial(launcher: Launcher, kind: str) 
 
 
 def test_hogwild_loses_nothing(launcher: Launcher) -> None:
-    """Equal samples by one process, by two, by four: a loss that is no more than 2% above.
+    """Equal samples by one process, by two, by four: a loss that is no more than 5% above.
 
     The study has the whole problem, and both sides; this one is too small for that.
     """
@@ -363,8 +363,8 @@ def test_hogwild_loses_nothing(launcher: Launcher) -> None:
         outcome.expect(*[0] * many)
         losses[many] = outcome.results[0]["loss"]
         assert sum(outcome.results[0]["staleness"].values()) == 4000
-    assert losses[2] < 1.02 * losses[1], losses
-    assert losses[4] < 1.02 * losses[1], losses
+    assert losses[2] < 1.05 * losses[1], losses
+    assert losses[4] < 1.05 * losses[1], losses
 
 
 def test_sparse_hogwild(launcher: Launcher) -> None:

@@ -18,6 +18,7 @@ from headrace.pipeline.checkpoints import Checkpoint, Checkpoints
 from headrace.pipeline.replicas import Allreduce, Downpour, Replicas
 
 from ..pipeline.helpers import assert_same, batches_of, momentum, tanh_net
+from .commands import run_train
 from .ranks import Launcher, free_port, torchrun
 
 pytestmark = pytest.mark.timeout(180)
@@ -180,3 +181,45 @@ def lose_a_machine(folder: str) -> None:
         )
     own = ["--name", "it", "--stages", "null", "--pipeline.balance", "parameters"]
     train.main(["--config", "digits", "--epochs", "3", "--checkpoint.every", "20", *own])
+
+
+# Replicas and servers ------------------------------------------------------------------------
+
+REPLICATED = ["--config", "digits", "--epochs", "3", "--checkpoint.every", "epoch", "--name", "it"]
+REPLICATED += ["--pipeline.balance", "[6, 5]", "--stages", "2"]
+
+
+def crash_of(rank: int, kind: str) -> None:
+    """The training command; in the first start a rank is killed in the third of three passes."""
+    if not Path("killed").exists() and os.environ["RANK"] == str(rank):
+        updates = 110 if kind == "downpour" else 55
+        _after_updates(
+            updates, lambda: [Path("killed").touch(), os.kill(os.getpid(), signal.SIGKILL)]
+        )
+    train.main([*REPLICATED, "--pipeline.replicas.class_path", kind])
+
+
+def test_torchrun_brings_a_killed_replica_back(launcher: Launcher, tmp_path: Path) -> None:
+    """Replicas in step: the weights are those of a run to which nothing happened."""
+    options = ("--standalone", "--max-restarts", "2")
+    job = torchrun(tmp_path, crash_of, 4, 3, "allreduce", options=options)
+    out, err = job.communicate(timeout=150)
+    assert job.returncode == 0 and "goes on in epoch 3" in out, err
+    arguments = [*REPLICATED, "--pipeline.replicas.class_path", "allreduce"]
+    environment = {"TORCHELASTIC_RUN_ID": "here"}
+    whole = launcher.run(run_train, 4, arguments, environment=environment, seconds=100)
+    whole.expect(0, 0, 0, 0)
+    (folder,) = launcher.folder.glob("*/runs/it")
+    assert_same(*(torch.load(each / "weights.pt") for each in (folder, tmp_path / "runs/it")))
+
+
+def test_torchrun_brings_a_killed_server_back(tmp_path: Path) -> None:
+    """What it had applied when it was saved is counted, and what came later is not, twice."""
+    options = ("--standalone", "--max-restarts", "2")
+    job = torchrun(tmp_path, crash_of, 6, 4, "downpour", options=options)
+    out, err = job.communicate(timeout=170)
+    assert job.returncode == 0 and "goes on in epoch 3" in out, err
+    assert "the server of stage 0 (rank 4)" in err, "who was gone"
+    summary = json.loads((tmp_path / "runs/it/summary.json").read_text())
+    assert [server["updates"] for server in summary["servers"]] == [135, 135], "45 of each pass"
+    assert summary["test"]["accuracy"] > 0.9

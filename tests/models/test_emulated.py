@@ -25,10 +25,12 @@ def test_over_many_layers_the_times_are_as_given() -> None:
     model, x = emulated(layers=100, forward_ms=2, backward_ms=0), torch.randn(2, 8)
     with torch.no_grad():
         model(x)
-        start = time.perf_counter()
-        model(x)
-        seconds = time.perf_counter() - start
-    assert 0.195 < seconds < 0.215  # and what the products themselves take
+        seconds = []
+        for _ in range(5):  # whoever else uses the machine adds to one of them, and not to all
+            start = time.perf_counter()
+            model(x)
+            seconds.append(time.perf_counter() - start)
+    assert 0.195 < min(seconds) < 0.215  # and what the products themselves take
 
 
 def test_what_happens_between_layers_is_not_taken_off() -> None:
