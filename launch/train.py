@@ -104,7 +104,7 @@ def _run(config: Config, data: _Data, pipe: Pipeline, beginning: Beginning) -> N
             report = pipe.train(data.train, log=log, log_every=config.log_every, checkpoints=plan)
             if journal:
                 journal.epoch(epoch, report)
-        if plan is not None:
+        if plan is not None and plan.every is not None:  # else it is saved
             pipe.save(plan.path(pipe.position), plan.keep)
         scores = pipe.evaluate(data.test, make_metrics(config)) if data.test is not None else {}
         statistics, shards = pipe.statistics(), pipe.shard_statistics()

@@ -129,7 +129,7 @@ def load(engine: "Engine") -> "Steps":
 
 
 def save(engine: "Engine") -> "Steps":
-    """Make a checkpoint; it is on the disk when this is over."""
+    """Begin to make a checkpoint; a thread writes it."""
     yield from engine.saver(engine, Message(Kind.SAVE))
 
 

@@ -8,7 +8,7 @@ was drawn with, for it may be augmented.
 import random
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import islice
 from typing import Any
 
@@ -92,10 +92,10 @@ class Course:
         next mini-batch was drawn, and now.
         """
         if self._resumes is not None:  # nothing was read since
-            return dict(self._resumes) | {"position": _plain(self.position)}
+            return dict(self._resumes) | {"position": asdict(self.position)}
         now = _capture(self._generators)
         states = {"began": self._began, "here": self._here, "now": now, "warm": self._warm}
-        return {"position": _plain(self.position), **states}
+        return {"position": asdict(self.position), **states}
 
     def load_state_dict(self, state: Mapping[str, Any], share: float = 1) -> None:
         """Be there with the next call of `train`.
@@ -108,10 +108,6 @@ class Course:
         self.position = replace(position, mini_batches=round(position.mini_batches * share))
         self._resumes = state
         self._began = None
-
-
-def _plain(position: Position) -> dict[str, int]:
-    return dict(vars(position))
 
 
 def _generators_of(loader: Any) -> list[torch.Generator]:

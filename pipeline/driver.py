@@ -110,11 +110,13 @@ class Serving:
     `state_dict` the server's own weights.
     """
 
+    saver: Callable[[Serves], None]
+    restoring: Callable[[Serves], None]
+    """As an engine's; called while all are at rest, and none goes on before it says so."""
+
     def __init__(self, server: Server, watch: Watch) -> None:
         self._server, self._watch = server, watch
         self._calls = self._settlings = 0
-        self.attend: Callable[[Call, Serves], None] = lambda call, shard: None
-        """Called for SAVE and RESTORE while all are at rest; none goes on before it says so."""
 
     @property
     def doing(self) -> str:
@@ -129,8 +131,10 @@ class Serving:
         self._calls += 1
         if call is not Call.TRAIN:
             self._settle()
-        if call in (Call.SAVE, Call.RESTORE):
-            self.attend(call, self._server.shard)
+        if call is Call.SAVE:
+            self.saver(self._server.shard)
+        if call is Call.RESTORE:
+            self.restoring(self._server.shard)
         if call in (Call.LOAD, Call.RESTORE):
             self._settle()
         if call is Call.CLOSE:

@@ -70,11 +70,6 @@ class Done:
 Steps = Generator[Done | Inbox, None, Any]
 
 
-def _cannot_save(engine: "Engine", message: Message) -> Steps:
-    raise RuntimeError("a checkpoint was ordered, and nobody is to make it")
-    yield
-
-
 class Engine:
     """One stage at work.
 
@@ -82,6 +77,12 @@ class Engine:
         stage_depths: of all stages; `_tune` may change them.
         links: the first stage's upstream is its caller.
     """
+
+    saver: "Callable[[Engine, Message], Steps]"
+    """Makes a checkpoint's part of it; given by whoever keeps them."""
+
+    restoring: "Callable[[Engine], None]"
+    """Makes it what a checkpoint is of; given before a RESTORE."""
 
     def __init__(
         self, stage: Stage, schedule: Schedule, stage_depths: tuple[int, ...], links: Links
@@ -95,8 +96,6 @@ class Engine:
         )
         self.expected = Call.TRAIN
         self.metrics: Metrics = {}
-        self.saver: Callable[[Engine, Message], Steps] = _cannot_save
-        self.restoring: Callable[[Engine], None] = lambda engine: None
         self.incoming: Mapping[str, Tensor] = {}
         self.doing = "waiting for its first call"
         self.progress = 0

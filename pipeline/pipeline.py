@@ -637,7 +637,7 @@ class Pipeline:
         self._names = set(self._model.state_dict())
         if self.is_server:
             self._driver = self._blueprint.serve(cut)
-            self._driver.attend = self._keeper.keep_server
+            self._driver.saver = self._keeper.keep_server
             if self._pending is not None:
                 self._take_up()
             return
@@ -693,16 +693,15 @@ class Pipeline:
         for engine in self._engines:
             engine.restoring = restoring
         if isinstance(self._driver, Serving):
-            self._driver.attend = restoring.attend
+            self._driver.restoring = restoring.restore_server
         self._run(Call.RESTORE)
-        if isinstance(self._driver, Serving):
-            self._driver.attend = self._keeper.keep_server
         self._course.position = Position(found.position.epochs)
         if self.is_first:
             self._course.load_state_dict(restoring.course, restoring.share)
         self._keeper.skip()
         if not restoring.is_same:
-            self._tune_at = restoring.trained + TUNE_AT if self._tunes else None
+            if self._tunes and self.is_first:
+                self._tune_at = self._engines[0].trained + TUNE_AT
             if self.rank == 0:
                 print(restoring.explain(), flush=True)
 

@@ -7,6 +7,7 @@ and all the others, seeing the key, end without a word.
 
 import atexit
 import json
+import math
 import os
 import signal
 import socket
@@ -147,12 +148,19 @@ class Watch:
         """Tell all ranks something."""
         self._store.set(key, text)
 
-    def learn(self, key: str) -> str:
-        """Wait for what another rank tells with `share`."""
-        while not self._store.check([key]):
+    def learn(self, key: str, seconds: float = math.inf) -> str:
+        """Wait for what another rank tells with `share`.
+
+        Raises:
+            TimeoutError: it does not within so many seconds.
+        """
+        end = time.monotonic() + seconds
+        while (text := self.peek(key)) is None:
             self.bell.wait(0.01)
             self.check()
-        return bytes(self._store.get(key)).decode()
+            if time.monotonic() > end:
+                raise TimeoutError(key)
+        return text
 
     def peek(self, key: str) -> str | None:
         """What a rank told with `share`, if it has; for any thread."""

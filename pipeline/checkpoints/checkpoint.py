@@ -9,8 +9,8 @@ step-00001000/
 
 import json
 import warnings
-from collections.abc import Container, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -115,11 +115,8 @@ class Checkpoint:
 
     def manifest(self) -> dict[str, Any]:
         """What `open` reads."""
-        own: dict[str, Any] = {"position": asdict(self.position), "layers": self.layers}
-        own["depths"] = self.depths
-        own |= {"kinds": self.kinds, "made": self.made}
-        rest = {"replicas": self.replicas, "notes": self.notes, "files": self.files}
-        return {"format": FORMAT, **own, **rest}
+        told = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "folder"}
+        return {"format": FORMAT, **told, "position": asdict(self.position)}
 
     def fault(self) -> str:
         """What is wrong with a file, all of which are read; nothing, if all are as written."""
@@ -131,17 +128,20 @@ class Checkpoint:
         """How many there were."""
         return len(self.layers)
 
-    def weights(self, names: Container[str] | None = None) -> dict[str, Tensor]:
+    def weights(
+        self, names: Container[str] | None = None, stages: Iterable[int] | None = None
+    ) -> dict[str, Tensor]:
         """The model's weights and buffers, by its own names, on the CPU.
 
         Args:
             names: which; None: all.
+            stages: whose files to read; None: all.
 
         Raises:
             CheckpointError: a file is not what was written.
         """
         found: dict[str, Tensor] = {}
-        for j in range(self.stages):
+        for j in range(self.stages) if stages is None else stages:
             found |= self._tensors(f"weights/stage-{j}.safetensors", names)
         return found
 

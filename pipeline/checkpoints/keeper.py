@@ -19,7 +19,7 @@ from .saver import Part, Saver
 from .state import collect
 
 if TYPE_CHECKING:
-    from ..engine import Call, Engine, Steps
+    from ..engine import Engine, Steps
     from ..replicas.server import Serves
     from ..watch import Watch
 
@@ -160,7 +160,7 @@ class Keeper:
             parts, self._parts = self._parts, []
             self._start([part for each in parts for part in each])
 
-    def keep_server(self, call: "Call", shard: "Serves") -> None:
+    def keep_server(self, shard: "Serves") -> None:
         """Copy what a server has to keep, in a process that has no stage, and have it written."""
         part = self._part_of(shard)
         self._served += 1

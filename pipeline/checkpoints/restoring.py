@@ -1,6 +1,5 @@
 """Be what a checkpoint is of: each stage and each server its part."""
 
-import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +9,7 @@ from .checkpoint import Checkpoint, CheckpointError, label
 from .state import recut, restore
 
 if TYPE_CHECKING:
-    from ..engine import Call, Engine
+    from ..engine import Engine
     from ..replicas.server import Serves
     from ..watch import Watch
 
@@ -51,20 +50,15 @@ class Restoring:
         self.is_same = layers == found.layers and kinds == found.kinds
         alike = found.replicas == grid.replicas and not grid.is_server
         replica = grid.replica if alike else 0
-        wanted = {0, *stages} if self.is_same else range(found.stages)
+        wanted = stages if self.is_same or not stages else range(found.stages)
         self._states = {j: found.state(label(replica, found.replicas, j)) for j in wanted}
         # Of a first stage's course through its data there are fewer turns where there are replicas.
         self.share = found.replicas / grid.replicas
 
     @property
     def course(self) -> Any:
-        """The state of the first stage's course through its data."""
+        """The state of the first stage's course through its data; it knows."""
         return self._states[0]["course"]
-
-    @property
-    def trained(self) -> int:
-        """Micro-batches that its stages had trained on."""
-        return int(self._states[0]["trained"])
 
     def __call__(self, engine: "Engine") -> None:
         """Restore a stage.
@@ -75,7 +69,8 @@ class Restoring:
         """
         stage, found = engine.stage, self._found
         try:
-            stage.load_state_dict(found.weights(stage.layers.state_dict().keys()))
+            files = [stage.index] if self.is_same else range(found.stages)
+            stage.load_state_dict(found.weights(stage.layers.state_dict().keys(), files))
             if self.is_same:
                 restore(engine, self._states[stage.index], found.depths)
             else:
@@ -88,15 +83,12 @@ class Restoring:
                 "it has of weights"
             ) from error
         if (shard := stage.peers.shard) is not None:
-            self._restore(shard)
+            self.restore_server(shard)
         if self._watch is not None and self._has_servers:
             self._watch.learn(f"restored/{self._number}/{stage.index}")
 
-    def attend(self, call: "Call", shard: "Serves") -> None:
-        """Restore a server, in a process that has no stage."""
-        self._restore(shard)
-
-    def _restore(self, shard: "Serves") -> None:
+    def restore_server(self, shard: "Serves") -> None:
+        """Restore a stage's server."""
         who = f"server-{self._grid.stage}"
         if self.is_same and self._found.has(who):
             shard.load_state_dict(self._found.state(who))
@@ -133,15 +125,13 @@ def find(path: Any, watch: "Watch | None", rank: int, number: int) -> Checkpoint
         found = Checkpoint.open(path)
         watch.share(key, str(found.folder))
         return found
-    end = time.monotonic() + watch.patience
-    while (folder := watch.peek(key)) is None:
-        watch.idle()
-        if time.monotonic() > end:
-            raise RuntimeError(
-                "this rank called load(), and the first rank does not: every rank must make the "
-                "same calls in the same order"
-            )
-    return Checkpoint.open(folder)
+    try:
+        return Checkpoint.open(watch.learn(key, watch.patience))
+    except TimeoutError:
+        raise RuntimeError(
+            "this rank called load(), and the first rank does not: every rank must make the same "
+            "calls in the same order"
+        ) from None
 
 
 def check_layers(found: Checkpoint, own: list[str]) -> None:

@@ -48,8 +48,8 @@ class Part:
 
     @classmethod
     def of(cls, who: str, stage: int, weights: Mapping[str, Tensor] | None, state: Any) -> "Part":
-        """Copy all of it to the CPU: training may go on."""
-        return cls(who, stage, weights and dict(weights), pack(state))
+        """Copy the state to the CPU, as the weights are already: training may go on."""
+        return cls(who, stage, weights, pack(state))
 
 
 class Saver:
@@ -60,7 +60,7 @@ class Saver:
         watch: by which they hear of each other; None for one process alone.
     """
 
-    def __init__(self, rank: int = 0, ranks: int = 1, watch: "Watch | None" = None) -> None:
+    def __init__(self, rank: int, ranks: int, watch: "Watch | None") -> None:
         self._rank, self._ranks, self._watch = rank, ranks, watch
         self._number = 0
         self._told: dict[str, str] = {}
@@ -83,7 +83,7 @@ class Saver:
         return busy
 
     def start(
-        self, final: Path, parts: Sequence[Part], head: Checkpoint | None, keep: int | None = None
+        self, final: Path, parts: Sequence[Part], head: Checkpoint | None, keep: int | None
     ) -> None:
         """Begin to make one, all processes in the same order; the one before must be done.
 

@@ -32,8 +32,10 @@ def pack(state: Any) -> tuple[dict[str, Tensor], Any]:
 def _pack(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
         return _pack_tensor(value, place, tensors)
-    if value is None or isinstance(value, bool | int | str):
-        return value if type(value) in (type(None), bool, int, str) else _plain(value)
+    if value is None:
+        return None
+    if isinstance(value, bool | int | str):
+        return _plain(value)
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else {"$float": repr(float(value))}
     if isinstance(value, torch.dtype):
