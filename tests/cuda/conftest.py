@@ -6,8 +6,6 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from ..distributed.conftest import launcher  # noqa: F401
-
 # Before CUDA is first used; the second leaves it untouched in a server that forks.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
