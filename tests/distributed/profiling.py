@@ -52,8 +52,8 @@ def look(latency: float | None) -> tuple[Timeline, list[Link]]:
 
 
 def tune(latency: float) -> None:
-    """Choose the slack for layers of 5 + 10 ms behind such links."""
-    model = emulated(layers=3, forward_ms=5, backward_ms=10, width=4)
+    """Choose the slack for layers of 20 + 40 ms behind such links."""
+    model = emulated(layers=3, forward_ms=20, backward_ms=40, width=4)
     batches = [(torch.randn(6, 4), torch.randn(6, 4))] * 17
     with Pipeline(
         model, nn.MSELoss(), momentum, balance=[1, 1, 1], slack="auto",

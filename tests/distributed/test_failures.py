@@ -29,7 +29,7 @@ def name(stage: int) -> str:
     return f"stage {stage} of 3 (rank {stage})"
 
 
-def expect_end(outcome: Outcome, stage: int, code: int, says: str, seconds: float = 10) -> None:
+def expect_end(outcome: Outcome, stage: int, code: int, says: str, seconds: float = 20) -> None:
     """One rank ended with this code, the others with 1 soon after, and one line said why."""
     outcome.expect(*[code if rank == stage else 1 for rank in STAGES])
     assert re.match(f"headrace: {re.escape(name(stage))} {says}", outcome.report), f"{outcome}"
@@ -123,7 +123,7 @@ def await_end_of_others(job: Job, stage: int) -> tuple[Outcome, float]:
     job.wait_for(FLAG)
     start = (job.folder / FLAG).stat().st_mtime
     others = [rank for rank in STAGES if rank != stage]
-    outcome = job.wait(20, others)
+    outcome = job.wait(30, others)
     return outcome, max(outcome.ended[rank] for rank in others) - start
 
 
@@ -135,7 +135,7 @@ def test_stopped(launcher: Launcher, moment: str) -> None:
     for stage, job in enumerate(jobs):
         outcome, seconds = await_end_of_others(job, stage)
         expect_end(outcome, stage, -signal.SIGKILL, r"has been silent for \d s", seconds=99)
-        assert 2 < seconds < 7
+        assert 2 < seconds < 18
 
 
 def test_stopped_before_the_first_update(launcher: Launcher) -> None:
@@ -144,7 +144,7 @@ def test_stopped_before_the_first_update(launcher: Launcher) -> None:
     for stage, job in enumerate(jobs):
         outcome, seconds = await_end_of_others(job, stage)
         expect_end(outcome, stage, -signal.SIGKILL, r"has been silent for \d s", seconds=99)
-        assert 4 < seconds < 9
+        assert 4 < seconds < 19
 
 
 def test_stopped_and_continued_too_late(launcher: Launcher) -> None:
@@ -189,9 +189,9 @@ def test_the_store_is_gone(launcher: Launcher) -> None:
         job.store = None
     start = time.time()
     for job in jobs:
-        outcome = job.wait(20)
+        outcome = job.wait(30)
         outcome.expect(1, 1, 1)
-        assert max(outcome.ended) - start < 10
+        assert max(outcome.ended) - start < 20
         assert outcome.reports
         assert all("store is gone" in line for line in outcome.reports), f"{outcome}"
 
@@ -202,7 +202,7 @@ def test_the_store_does_not_answer(launcher: Launcher) -> None:
     job = launcher.start(misfortune, 3, plan, 10_000, agent=False)
     outcome, seconds = await_end_of_others(job, 0)
     outcome.expect(-signal.SIGKILL, 1, 1)
-    assert 2 < seconds < 8
+    assert 2 < seconds < 18
     for stage, line in zip((1, 2), sorted(outcome.reports), strict=True):
         where = rf"stage {stage} of 3 \(rank {stage}\), on {re.escape(socket.gethostname())}"
         assert re.fullmatch(

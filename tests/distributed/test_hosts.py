@@ -178,7 +178,7 @@ def test_a_cut_cable_ends_all(voyage: Voyage) -> None:
     """Those who still reach each other say once who is missing; whoever is alone says so too."""
     print(f"after {voyage.seconds:.1f} s", *voyage.reports, sep="\n")
     assert voyage.codes == [1, 1, 1]
-    assert TIMEOUT - 1 < voyage.seconds < TIMEOUT + 9
+    assert TIMEOUT - 1 < voyage.seconds < TIMEOUT + 20
     (missing,) = voyage.reports[0] + voyage.reports[1]
     assert re.fullmatch(
         r"headrace: stage 3 of 4 \(rank 3\) has been silent for \d+ s \(process \d+ on host-c\): "

@@ -34,7 +34,7 @@ def test_one_clock(launcher: Launcher, transport: str) -> None:
     timeline, links = look_at(launcher, None, transport)
     assert len(timeline.stages) == 3 and len(links) == 2
     for link in links:
-        assert 0 < link.latency < 0.05 and link.bandwidth > 1e6
+        assert 0 < link.latency < 0.2 and link.bandwidth > 1e6
     # Nothing arrives before it was sent; what clocks and their measuring err by is less than 1 ms.
     for upper, lower in pairwise(range(3)):
         sent, taken = (ends(timeline, j, Work.FORWARD) for j in (upper, lower))
@@ -56,7 +56,7 @@ def test_one_clock(launcher: Launcher, transport: str) -> None:
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_an_emulated_link_is_as_slow_as_it_says(launcher: Launcher, transport: str) -> None:
     timeline, links = look_at(launcher, 0.03, transport)
-    assert all(0.03 <= link.latency < 0.06 for link in links)
+    assert all(0.03 <= link.latency < 0.15 for link in links)
     for upper, lower in pairwise(range(3)):
         sent, taken = (ends(timeline, j, Work.FORWARD) for j in (upper, lower))
         assert all(taken[i][0] - sent[i][1] > 0.029 for i in sent), "clocks agree all the same"
@@ -66,12 +66,12 @@ def test_slack_auto_knows_a_stages_pace(launcher: Launcher) -> None:
     """The drain before measuring brings back more than went forward since the stage was warm: once
     the pace was taken to be a quarter slower than it is, and the slack chosen too small.
     """
-    outcome = launcher.run(tune, 3, 0.01)
+    outcome = launcher.run(tune, 3, 0.04)
     outcome.expect(0, 0, 0)
     (said,) = re.findall(r"the slowest stage takes ([\d.]+) ms", "".join(outcome.out))
-    assert 15 <= float(said) < 17.5
+    assert 60 <= float(said) < 72
     (slack,) = re.findall(r"^slack \[(\d), (\d)\]", "".join(outcome.out), re.M)
-    assert slack in [("1", "2"), ("2", "1"), ("2", "2")], "twice 10.3 ms of 15.3"
+    assert slack in [("1", "2"), ("2", "1"), ("2", "2")], "twice 40.3 ms of 60.3"
 
 
 def most_waiting(sent: dict[int, float], taken: dict[int, float]) -> dict[int, int]:

@@ -420,7 +420,7 @@ def test_in_one_job_a_death_ends_all(
     outcome = launcher.run(lose, ranks, kind, rank)
     outcome.expect(*[-signal.SIGKILL if each == rank else 1 for each in range(ranks)])
     assert outcome.report.startswith(f"headrace: {says}"), f"{outcome}"
-    assert outcome.seconds_from_first_to_last() < 10
+    assert outcome.seconds_from_first_to_last() < 20
 
 
 RATE = 0.05

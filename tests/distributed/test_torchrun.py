@@ -58,7 +58,7 @@ def test_a_killed_worker(tmp_path: Path) -> None:
     with running(tmp_path, misfortune, 3, Plan("kill", 1, "forward", 50)) as process:
         start = wait_for_flag(tmp_path, process)
         out, err = process.communicate(timeout=60)
-    assert time.time() - start < 15
+    assert time.time() - start < 45
     assert process.returncode == 1
     (line,) = reports(out + err)
     assert line.startswith("headrace: stage 1 of 3 (rank 1) is gone")
@@ -70,7 +70,7 @@ def test_a_worker_killed_at_the_start(tmp_path: Path) -> None:
     with running(tmp_path, while_connecting, 2, Plan("kill", 1, count=0)) as process:
         start = wait_for_flag(tmp_path, process)
         out, err = process.communicate(timeout=60)
-    assert time.time() - start < 15
+    assert time.time() - start < 45
     assert process.returncode == 1
     (line,) = reports(out + err)
     assert line.startswith("headrace: stage 1 of 2 (rank 1) is gone")
@@ -82,6 +82,6 @@ def test_interrupted(tmp_path: Path) -> None:
         start = time.time()
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
-    assert time.time() - start < 10
+    assert time.time() - start < 30
     assert process.returncode != 0
     assert reports(out + err) == ["headrace: stopped by SIGINT"]

@@ -82,7 +82,7 @@ pipeline:
 
 EMULATED = """\
 threads: 1
-model: {class_path: emulated, init_args: {layers: 2, forward_ms: 2, backward_ms: 4}}
+model: {class_path: emulated, init_args: {layers: 2, forward_ms: 8, backward_ms: 16}}
 loss: CrossEntropyLoss
 optimizer: SGD
 data:
@@ -152,7 +152,7 @@ def profile(tmp_path_factory: pytest.TempPathFactory) -> Run:
 @pytest.fixture(scope="module")
 def slow_links(launcher: Launcher, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Emulated devices behind emulated links, on a terminal's terms."""
-    options = ["--rounds", "2", "--out", "out", "--link-latency-ms", "5", "--timeline", "text"]
+    options = ["--rounds", "2", "--out", "out", "--link-latency-ms", "20", "--timeline", "text"]
     rows = ["--rows", "one-device", "stream:stash", "stream:stash+auto", "torch-1f1b"]
     return run(launcher, tmp_path_factory.mktemp("links"), EMULATED, *options, *rows, "--predict")
 
@@ -240,7 +240,7 @@ def test_a_bad_cut_is_found_and_mended(profile: Run) -> None:
 
 
 def test_what_to_set_behind_slow_links(slow_links: Run) -> None:
-    """5 ms each way are hidden by 2 more micro-batches of 6 ms in flight, 10/6 rounded up. On a
+    """20 ms each way are hidden by 2 more micro-batches of 24 ms in flight, 40/24 rounded up. On a
     busy machine a hop may look longer, and a micro-batch too.
     """
     (slack,) = slow_links.table["fixes"]["pipeline.slack"]
@@ -307,7 +307,7 @@ def test_pictures(profile: Run, name: str) -> None:
 
 
 def test_a_timeline_in_letters(slow_links: Run) -> None:
-    """Forwards, backwards, and waits for messages that take 5 ms."""
+    """Forwards, backwards, and waits for messages that take 20 ms."""
     rows = re.findall(r"^stage [01] +\|([FBu.d ]+)\|", slow_links.out, re.M)
     assert len(rows) == 4, "two stages of the stream, and two of 1F1B"
     for row in rows:
@@ -331,7 +331,7 @@ def test_emulated_devices_are_as_fast_as_predicted(slow_links: Run) -> None:
     for system in ("stream:stash", "stream:stash+auto"):
         (row,) = slow_links.rows(system)
         assert row["predicted_samples_per_second"] == pytest.approx(
-            row["samples_per_second"], rel=0.3
+            row["samples_per_second"], rel=0.4
         ), "it is 5% on a quiet machine"
 
 

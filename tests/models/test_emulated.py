@@ -1,11 +1,36 @@
 """Emulated layers take their time and have true gradients."""
 
 import time
+from importlib import import_module
 
 import pytest
 import torch
 
 from headrace.models import EmulatedLayer, emulated
+
+
+class Clock:
+    """The module's `time`: a sleep ends 0.1 ms late, and nothing else takes any time."""
+
+    late = 1e-4
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds + self.late
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    module = import_module("headrace.models.emulated")  # the name in the package is the function
+    monkeypatch.setattr(module, "time", made)
+    monkeypatch.setattr(module, "_late", 0.0)
+    return made
 
 
 def test_forward_and_backward_take_at_least_the_given_time() -> None:
@@ -20,40 +45,27 @@ def test_forward_and_backward_take_at_least_the_given_time() -> None:
     assert end - middle >= 3 * 0.020 - 0.005
 
 
-def test_over_many_layers_the_times_are_as_given() -> None:
+def test_over_many_layers_the_times_are_as_given(clock: Clock) -> None:
     """A sleep ends 0.1 ms late and more: the next one makes up for it."""
-    model, x = emulated(layers=100, forward_ms=2, backward_ms=0), torch.randn(2, 8)
     with torch.no_grad():
-        model(x)
-        seconds = []
-        for _ in range(5):  # whoever else uses the machine adds to one of them, and not to all
-            start = time.perf_counter()
-            model(x)
-            seconds.append(time.perf_counter() - start)
-    assert 0.195 < min(seconds) < 0.215  # and what the products themselves take
+        emulated(layers=100, forward_ms=2, backward_ms=0)(torch.randn(2, 8))
+    assert clock.now == pytest.approx(0.2 + clock.late)
 
 
-def test_what_happens_between_layers_is_not_taken_off() -> None:
+def test_what_happens_between_layers_is_not_taken_off(clock: Clock) -> None:
     layer, x = EmulatedLayer(forward_ms=5, backward_ms=0, width=8), torch.randn(2, 8)
-    start = time.perf_counter()
     layer(x)
-    middle = time.perf_counter()
-    time.sleep(0.05)
-    resumed = time.perf_counter()
+    clock.now += 0.05
     layer(x)
-    # The two together: what the first took too long, on a busy machine, the second makes up for.
-    assert middle - start + time.perf_counter() - resumed > 0.009
+    assert clock.now == pytest.approx(0.05 + 2 * 0.005 + clock.late)
 
 
-def test_times_are_in_proportion_to_the_samples_where_told() -> None:
+def test_times_are_in_proportion_to_the_samples_where_told(clock: Clock) -> None:
     layer = EmulatedLayer(forward_ms=100, backward_ms=0, width=8, samples=10)
-    start = time.perf_counter()
     layer(torch.randn(2, 8))
-    middle = time.perf_counter()
+    assert clock.now == pytest.approx(0.02 + clock.late)
     layer(torch.randn(20, 8))
-    end = time.perf_counter()
-    assert 0.015 < middle - start < 0.1
-    assert end - middle > 0.19
+    assert clock.now == pytest.approx(0.22 + clock.late)
     with pytest.raises(ValueError, match="samples=0"):
         EmulatedLayer(1, 1, 1, samples=0)
     assert "samples=10" in repr(layer) and "samples" not in repr(EmulatedLayer(1, 1, 1))
@@ -84,24 +96,24 @@ def test_gradients_are_those_of_the_product() -> None:
     torch.testing.assert_close(layer.weight.grad, (2 * x * x).sum(0).detach())
 
 
-def test_a_pace_is_kept_forward_and_backward_over_and_over() -> None:
+def test_a_pace_is_kept_forward_and_backward_over_and_over(clock: Clock) -> None:
     layer = EmulatedLayer(forward_ms=10, backward_ms=20, width=8, pace=[1, 0, 3])
     x = torch.randn(2, 8)
     outputs, forward, backward = [], [], []
     for _ in range(4):
-        start = time.perf_counter()
+        start = clock.now
         outputs.append(layer(x).sum())
-        forward.append(time.perf_counter() - start)
+        forward.append(clock.now - start)
     for output in outputs:
-        start = time.perf_counter()
+        start = clock.now
         output.backward()
-        backward.append(time.perf_counter() - start)
+        backward.append(clock.now - start)
     for seconds, unit in ((forward, 0.01), (backward, 0.02)):
-        assert [round(s / unit) for s in seconds] == [1, 0, 3, 1]
+        assert seconds == pytest.approx([unit * factor for factor in (1, 0, 3, 1)], abs=2e-4)
     layer.eval()
-    start = time.perf_counter()
+    start = clock.now
     layer(x)
-    assert time.perf_counter() - start > 0.008, "evaluation is at the layer's own pace"
+    assert clock.now - start == pytest.approx(0.01, abs=2e-4), "evaluation is at its own pace"
 
 
 def test_one_of_several_is_slowed() -> None:

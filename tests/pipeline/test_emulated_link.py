@@ -38,23 +38,22 @@ def arrivals(link: Link, count: int) -> list[float]:
     for k in range(count):
         slow.send(Message(Kind.MICRO_BATCH, k, body=body))
     slow.send(Message(Kind.CLOSE))
-    assert time.perf_counter() - start < 0.04, "sending does not wait"
+    assert time.perf_counter() - start < link.latency, "sending does not wait"
     slow.leave(10)
     assert channel.indices == [*range(count), -1]
     return [moment - start for moment in channel.times]
 
 
 def test_latency_is_shared_by_messages_that_follow_each_other() -> None:
-    times = arrivals(Link(latency=0.05), 4)
-    assert all(0.05 <= moment < 1 for moment in times)
-    assert times[-1] - times[0] < 0.05
+    times = arrivals(Link(latency=0.4), 4)
+    assert all(0.4 <= moment < 0.8 for moment in times)
 
 
 def test_bandwidth_keeps_messages_apart() -> None:
-    times = arrivals(Link(latency=0.02, bandwidth=50_000), 3)  # 20 ms each
+    times = arrivals(Link(latency=0.2, bandwidth=50_000), 3)  # 20 ms each
     for k, moment in enumerate(times[:-1]):
-        assert moment >= 0.02 * (k + 1) + 0.02
-    assert times[-1] < 1
+        assert moment >= 0.02 * (k + 1) + 0.2
+    assert times[-1] < 2
 
 
 def test_an_error_is_told() -> None:

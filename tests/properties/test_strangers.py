@@ -326,13 +326,13 @@ def test_a_greeting_has_so_many_seconds_in_all() -> None:
         with suppress(OSError):
             for byte in GREETING:
                 near.sendall(bytes([byte]))
-                time.sleep(0.05)
+                time.sleep(0.2)
 
     thread = threading.Thread(target=dawdle)
     thread.start()
     start = time.monotonic()
-    assert not greet(far, 0.2)
-    assert 0.15 < time.monotonic() - start < 0.7 and far.fileno() == -1
+    assert not greet(far, 0.5)
+    assert 0.4 < time.monotonic() - start < 2.5 and far.fileno() == -1
     thread.join(PATIENCE)
     near.close()
 
