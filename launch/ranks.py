@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +31,9 @@ __all__ = [
     "stop",
     "tell",
 ]
+
+GRACE = 5.0
+"""Seconds that a process has to put things away, once a signal has told it to end."""
 
 
 def rank() -> int:
@@ -118,10 +122,18 @@ def refuse_error(error: Exception) -> NoReturn:
 
 
 def stop(number: int, frame: FrameType | None) -> None:
-    """End on a signal, and say so, once."""
+    """End on a signal, and say so, once.
+
+    It comes anywhere, in the middle of what a library does under a lock too: then nobody may wait
+    for that library's threads for long.
+    """
+    code = 128 + number
     if rank() == 0:
         sys.stderr.write(f"headrace: stopped by {signal.Signals(number).name}\n")
-    raise SystemExit(128 + number)
+    watchdog = threading.Timer(GRACE, os._exit, [code])
+    watchdog.daemon = True
+    watchdog.start()
+    raise SystemExit(code)
 
 
 @contextmanager

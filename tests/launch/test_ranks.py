@@ -1,5 +1,8 @@
-"""What a rank does when torchrun, whose store it needs, has ended."""
+"""What a process does when torchrun, whose store it needs, has ended, or when it is to end."""
 
+import signal
+import subprocess
+import sys
 from datetime import timedelta
 
 import pytest
@@ -24,3 +27,27 @@ def test_a_store_that_is_gone(
         assert ended.value.code == 1
         (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("headrace: ")]
         assert line.startswith("headrace: the job's store is gone: torchrun has ended")
+
+
+STUCK = """
+import signal, threading
+from headrace.launch.ranks import stop
+signal.signal({number}, stop)
+try:
+    signal.raise_signal({number})
+finally:
+    threading.Event().wait()
+"""
+
+
+@pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM), ids=lambda n: n.name)
+def test_a_signal_ends_what_waits_for_ever(number: signal.Signals) -> None:
+    """Once it came while TensorBoard's writer was handed an event: its thread slept through that,
+    and closing it waited for the thread.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", STUCK.format(number=int(number))],
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 128 + number
+    assert done.stderr == f"headrace: stopped by {number.name}\n"

@@ -478,7 +478,7 @@ def test_a_signal_ends_a_run_of_one_process(folder: Path) -> None:
             while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < end:
                 time.sleep(0.05)
             process.send_signal(number)
-            _, errors = process.communicate(timeout=10)
+            _, errors = process.communicate(timeout=30)
             assert process.returncode == codes[number]
             assert errors == f"headrace: stopped by {number.name}\n"
             assert events(number.name)  # every line is whole
