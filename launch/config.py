@@ -126,11 +126,6 @@ class Config:
                 value = getattr(value, part)
             if isinstance(value, int) and value < least:
                 raise ValueError(f"{key} must be at least {least}, not {value}")
-        if isinstance(self.checkpoint.every, int) and self.pipeline.replicas is not None:
-            raise ValueError(
-                f"checkpoint.every is {self.checkpoint.every}, and pipeline.replicas are at "
-                "different places in the middle of a pass: write checkpoint.every: epoch"
-            )
         plain = self.name == Path(self.name).name and self.name.isprintable()
         if not plain or self.name.startswith(".") or len(self.name) > 200:
             raise ValueError(f"name must be a plain folder name, not {shorten(self.name)}")

@@ -286,21 +286,16 @@ def check_growth(batch_size: Any, update_every: int, replicas: Replicas | None) 
         )
 
 
-def check_plan(plan: Checkpoints | None, replicas: Replicas | None) -> None:
-    """Refuse checkpoints that could not be of one moment.
+def check_plan(plan: Checkpoints | None) -> None:
+    """Refuse what is no plan.
 
     Raises:
-        ValueError: with what to write instead.
+        TypeError: with what to write instead.
     """
     if plan is not None and not isinstance(plan, Checkpoints):
         raise TypeError(
             f"checkpoints={plan!r}: give where and when, as in "
             f"Checkpoints({str(plan)!r}, every=500)"
-        )
-    if plan is not None and plan.every is not None and replicas is not None:
-        raise ValueError(
-            f"checkpoints with every={plan.every} and replicas: they are at different places in "
-            "the middle of a pass; leave every out, for one at its end"
         )
 
 

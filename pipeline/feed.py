@@ -64,6 +64,7 @@ def feed(
     closes: Callable[[int, bool], bool] = lambda samples, last: False,
     course: Course | None = None,
     mark: Callable[[], Kind | None] = lambda: None,
+    together: Callable[[], bool] | None = None,
 ) -> Iterator[Message]:
     """The messages of a call over a loader: begin, each micro-batch with its samples, end.
 
@@ -76,20 +77,22 @@ def feed(
         course: is told of each mini-batch that went in.
         mark: asked before each mini-batch is drawn, and at the end: SAVE, to make a checkpoint
             before it goes in; END, to end the call early, if there is one.
+        together: of replicas, which save between calls: a SAVE ends the call, and so does the end
+            of the data until this says that all have come there; each time another one begins.
     """
+    again = [Message(Kind.END, last=True), *begin(call)]
     yield from begin(call)
     iterator = iter(batches)
     while True:
         before = mark()
-        if (batch := next(iterator, None)) is None:
-            if before is Kind.SAVE:
-                yield Message(Kind.SAVE, start)
+        batch = next(iterator, None)
+        if before is Kind.SAVE:
+            yield from again if together else [Message(Kind.SAVE, start)]
+        if batch is None:
             break
         if before is Kind.END:
             yield Message(Kind.END, last=True)
             return
-        if before is Kind.SAVE:
-            yield Message(Kind.SAVE, start)
         pieces = split(batch, parts)
         for k, piece in enumerate(pieces):
             if start == tune_at:
@@ -100,6 +103,8 @@ def feed(
             start += 1
         if course is not None:
             course.feed(len(pieces), samples(batch))
+    while together and not together():
+        yield from again
     yield Message(Kind.END)
 
 

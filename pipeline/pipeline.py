@@ -36,7 +36,7 @@ from .batch_size import Growth
 from .blueprint import Blueprint
 from .channel import Links
 from .checkpoints import Checkpoint, Checkpoints, Position, load_weights
-from .checkpoints.keeper import Keeper
+from .checkpoints.keeper import Ended, Keeper
 from .checkpoints.restoring import Restoring, check_layers, find
 from .corrections import Correction
 from .course import Course
@@ -253,6 +253,7 @@ class Pipeline:
                 self._watch,
                 self._course,
                 self._blueprint.serves,
+                replicas is not None,
                 self._head,
             )
             if self.stages == 1 or balance != "time":
@@ -301,7 +302,7 @@ class Pipeline:
         """
         if log_every < 1:
             raise ValueError(f"log_every={log_every!r}: give a whole number >= 1")
-        check_plan(checkpoints, self._blueprint.replicas)
+        check_plan(checkpoints)
         if checkpoints is not None:
             with self._reporting("making the folder of checkpoints"):
                 self._keeper.prepare(checkpoints)
@@ -313,17 +314,33 @@ class Pipeline:
             parts, tune_at = self._micro_batches, self._tune_at
             start, closes = engine.trained, engine.gathering.closes
             course, mark = self._course, partial(self._keeper.mark, checkpoints)
-            messages = feed(Call.TRAIN, batches, parts, start, tune_at, closes, course, mark)
+            pauses = checkpoints and checkpoints.every and self._blueprint.replicas
+            together = self._keeper.together if pauses else None
+            messages = feed(
+                Call.TRAIN, batches, parts, start, tune_at, closes, course, mark, together
+            )
         with self._keeper.stoppable(checkpoints):
-            report: Report = self._run(Call.TRAIN, messages)
-        stopped = report.stopped if checkpoints is None else self._keeper.is_stopped(report)
-        if not stopped:
+            report, ended = self._train(messages, checkpoints)
+        if ended is Ended.OVER:
             self._course.end()
-        if checkpoints is not None and (stopped or checkpoints.every is None):
-            self._save_now(checkpoints.path(self.position), checkpoints.keep)
-        if stopped:
+        if checkpoints and (ended is Ended.STOPPED or checkpoints.every is None):
+            self._save(checkpoints.path(self.position), checkpoints.keep)
+            self._keeper.wait()
+        if ended is Ended.STOPPED:
             self._leave()
         return report
+
+    def _train(
+        self, messages: Iterator[Message] | None, checkpoints: Checkpoints | None
+    ) -> tuple[Report, Ended]:
+        """A call of `train`; of replicas that save on their way, as many as it takes."""
+        while True:
+            report: Report = self._run(Call.TRAIN, messages)
+            ended = self._keeper.agree(report) if checkpoints else Ended.OVER
+            if ended in (Ended.STOPPED, Ended.OVER):
+                return report, ended
+            if ended is Ended.PAUSED and checkpoints:
+                self._save(checkpoints.path(self.position), checkpoints.keep)
 
     def evaluate(self, loader: Iterable[Any], metrics: Metrics | None = None) -> dict[str, float]:
         """Drain, then give the mean over samples of the loss and of each metric, on every rank.
@@ -394,7 +411,8 @@ class Pipeline:
             OSError: it cannot be written (under torchrun it ends the job).
         """
         self._require_built("save()")
-        self._save_now(Path(path), keep)
+        self._save(Path(path), keep)
+        self._keeper.wait()
 
     def load(self, path: str | Path) -> Position:
         """Go on from a checkpoint: the next `train` does what the one that was saved would have.
@@ -662,11 +680,10 @@ class Pipeline:
         kinds, notes = self._blueprint.kinds, check_notes(self.notes)
         return Checkpoint(final, self.position, layers, self._grid.replicas, depths, kinds, notes)
 
-    def _save_now(self, path: Path, keep: int | None) -> None:
+    def _save(self, path: Path, keep: int | None) -> None:
         self._keeper.aim(path, keep)
         self._keeper.skip()
         self._run(Call.SAVE)
-        self._keeper.wait()
 
     def _leave(self) -> None:
         """After a SIGTERM, with all saved."""

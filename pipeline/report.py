@@ -306,7 +306,7 @@ def _read_pairs(numbers: Sequence[float]) -> dict[int, int]:
 class Books(Stateful):
     """The first stage's account of losses; they stay on the device until the log interval."""
 
-    state = ("_numbers", "_fed", "_sums", "_skipped", "_version")
+    state = ("_numbers", "_fed", "_sums", "_seconds", "_skipped", "_version")
 
     def __init__(self, stages: int) -> None:
         self._numbers = Row().numbers() * stages
@@ -318,7 +318,9 @@ class Books(Stateful):
         self._out: deque[int] = deque()  # samples of those fed whose loss is not known yet
         self._sums = [0.0, 0, 0, 0]  # loss, samples with a finite one, samples, micro-batches
         self._skipped = 0.0
-        self._start = self._last = time.perf_counter()
+        self._seconds = 0.0  # of calls that were stopped
+        self._start: float | None = None  # of the call that is under way
+        self._last = time.perf_counter()
         self._version = 0
         self._rows = self.rows
 
@@ -410,7 +412,12 @@ class Books(Stateful):
     def state_dict(self) -> dict[str, Any]:
         """What it knows; it reads the losses from the device."""
         self._read()
-        return super().state_dict()
+        return super().state_dict() | {"_seconds": self._so_far}
+
+    @property
+    def _so_far(self) -> float:
+        running = 0.0 if self._start is None else time.perf_counter() - self._start
+        return self._seconds + running
 
     def close(self, version: int, stopped: bool = False) -> Report:
         """The call of `train` ends: report what came back since the last report. One that is
@@ -421,7 +428,8 @@ class Books(Stateful):
         loss, counted, samples, micro_batches = self._sums
         rows = self.rows
         before, skipped = self._skipped, sum(row.skipped for row in rows)
-        updates = version - self._version
+        updates, seconds = version - self._version, self._so_far
+        self._seconds, self._start = seconds if stopped else 0.0, None
         if not stopped:
             self._sums = [0.0, 0, 0, 0]
             self._skipped, self._version = skipped, version
@@ -430,7 +438,7 @@ class Books(Stateful):
             samples=int(samples),
             micro_batches=int(micro_batches),
             updates=updates,
-            seconds=time.perf_counter() - self._start,
+            seconds=seconds,
             skipped=int(skipped - before),
             staleness=tuple(row.staleness for row in rows),
             stopped=stopped,

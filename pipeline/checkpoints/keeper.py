@@ -5,6 +5,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,16 @@ if TYPE_CHECKING:
     from ..replicas.server import Serves
     from ..watch import Watch
 
-__all__ = ["Keeper"]
+__all__ = ["Ended", "Keeper"]
+
+
+class Ended(Enum):
+    """How a call of `train` has come to its end, over all replicas."""
+
+    STOPPED = "by a SIGTERM: it is to be saved, and no replica goes on"
+    PAUSED = "to save, of replicas, and to go on"
+    DRY = "of replicas, each at the end of its data, which all know now: to be called once more"
+    OVER = "as all of it is done"
 
 
 class Keeper:
@@ -34,6 +44,7 @@ class Keeper:
         watch: by which processes hear of each other; None for one process alone.
         course: the first stage's through its data.
         has_servers: a server of this job keeps a state of its own for each stage.
+        shares: there are replicas: they save between calls, at the same place of a pass.
         head: what the manifest says, but for the files, of a checkpoint in a folder.
     """
 
@@ -44,17 +55,20 @@ class Keeper:
         watch: "Watch | None",
         course: Course,
         has_servers: bool,
+        shares: bool,
         head: Callable[[Path], Checkpoint],
     ) -> None:
         self._grid, self._stages, self._watch, self._course = grid, stages, watch, course
-        self._has_servers, self._head = has_servers, head
+        self._has_servers, self._shares, self._head = has_servers, shares, head
         ranks = grid.replicas * grid.stages + grid.servers if watch else 1
         self._saver = Saver(grid.rank, ranks, watch)
         self._parts: list[list[Part]] = []
         self._target = Path()
         self._keep: int | None = None
-        self._saved_at, self._served, self._stops = -1, 0, 0
+        self._saved_at, self._served, self._meetings = -1, 0, 0
         self._stop_requested = False
+        self._mark: Kind | None = None
+        self._all_dry = False
 
     @property
     def target(self) -> Path:
@@ -65,19 +79,27 @@ class Keeper:
 
     def mark(self, plan: Checkpoints | None) -> Kind | None:
         """What is to come before the next mini-batch; asked on a first stage."""
-        if plan is None:
-            return None
-        total = self._course.position.total
-        stops = self._stop_requested or (self._watch is not None and self._watch.stop_requested)
-        due = plan.every is not None and total and total % plan.every == 0
-        if not stops and (not due or total == self._saved_at):
-            return None
-        self._course.pause()
-        if stops:
+        self._mark = self._due(plan) if plan else None
+        if self._mark is not None:
+            self._course.pause()
+        if self._mark is Kind.SAVE and plan:
+            self.aim(plan.path(self._course.position), plan.keep)
+            self.skip()
+        return self._mark
+
+    def _due(self, plan: Checkpoints) -> Kind | None:
+        if self._stop_requested or (self._watch is not None and self._watch.stop_requested):
             return Kind.END
-        self.aim(plan.path(self._course.position), plan.keep)
-        self.skip()
-        return Kind.SAVE
+        position = self._course.position
+        # In a pass replicas may have mini-batches of another number, and one waits for no other.
+        count = position.mini_batches if self._shares else position.total
+        due = plan.every is not None and count and count % plan.every == 0
+        return Kind.SAVE if due and position.total != self._saved_at else None
+
+    def together(self) -> bool:
+        """At the end of a first stage's data: whether all replicas are at the end of theirs."""
+        self._mark = None
+        return self._all_dry
 
     @contextmanager
     def stoppable(self, plan: Checkpoints | None) -> Iterator[None]:
@@ -98,16 +120,29 @@ class Keeper:
         finally:
             signal.signal(signal.SIGTERM, before)
 
-    def is_stopped(self, report: Report) -> bool:
-        """Whether any replica's call was ended early: then no pass is over, for none goes on."""
+    def agree(self, report: Report) -> Ended:
+        """What is to come after a call of `train`, which all replicas have ended."""
+        words = self._words(self._word(report))
+        self._all_dry = words == {Ended.DRY}
+        return next(word for word in Ended if word in words)
+
+    def _word(self, report: Report) -> Ended:
+        """This replica's, which its first stage knows."""
+        if not report.stopped:
+            return Ended.OVER
+        if not self._shares or self._mark is Kind.END:
+            return Ended.STOPPED
+        return Ended.PAUSED if self._mark is Kind.SAVE else Ended.DRY
+
+    def _words(self, own: Ended) -> set[Ended]:
         grid, watch = self._grid, self._watch
-        if grid.replicas == 1 or watch is None:
-            return report.stopped
-        self._stops += 1
-        key = f"stopped/{self._stops}"
+        if not self._shares or watch is None:
+            return {own}
+        self._meetings += 1
+        key = f"ended/{self._meetings}"
         if grid.stage == 0 and not grid.is_server:
-            watch.share(f"{key}/{grid.replica}", "yes" if report.stopped else "no")
-        return "yes" in [watch.learn(f"{key}/{replica}") for replica in range(grid.replicas)]
+            watch.share(f"{key}/{grid.replica}", own.name)
+        return {Ended[watch.learn(f"{key}/{replica}")] for replica in range(grid.replicas)}
 
     # Where to ----------------------------------------------------------------------------------
 

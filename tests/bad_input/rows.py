@@ -1339,15 +1339,6 @@ ROWS = (
         files={"bad/step/checkpoint.json": "{"},
     ),
     Row(
-        "checkpoints in the middle of a pass, of replicas",
-        (
-            "checkpoint.every is 5, and pipeline.replicas are at different places in the middle "
-            "of a pass: write checkpoint.every: epoch"
-        ),
-        command="train",
-        arguments="--checkpoint.every 5 --pipeline.replicas allreduce",
-    ),
-    Row(
         "a checkpoint of a number of none",
         "keep=0: give a whole number >= 1",
         ValueError,

@@ -2,6 +2,7 @@
 
 import os
 import random
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -60,17 +61,23 @@ def test_on_ranks_as_in_one_process(launcher: Launcher, tmp_path: Path) -> None:
 
 
 def replicated(
-    kind: Replicas, plan: Checkpoints | None, start: str | None, epochs: int = 2
+    kind: Replicas,
+    plan: Checkpoints | None,
+    start: str | None,
+    epochs: int = 2,
+    samples: int = 72,
+    flushes: bool = False,
 ) -> dict[str, Any]:
     """Train with replicas to the end of so many epochs."""
     torch.manual_seed(8 if start else 3)
     random.seed(1)
-    loader = make_loader(8 if start else 3, 72)
+    loader = make_loader(8 if start else 3, samples)
     with Pipeline(
         network(),
         nn.MSELoss(),
         partial(torch.optim.SGD, lr=0.02, momentum=0.9),
-        rule=Delayed("current"),
+        rule=None if flushes else Delayed("current"),
+        schedule="1f1b" if flushes else "stream",
         balance=SIZES[2],
         stages=2,
         replicas=kind,
@@ -79,10 +86,12 @@ def replicated(
         if start is not None:
             pipe.load(start)
         before = pipe.state_dict()
+        reports = []
         while pipe.position.epochs < epochs:
-            pipe.train(loader, checkpoints=plan)
+            reports.append(replace(pipe.train(loader, checkpoints=plan), seconds=0.0))
         shards = [shard.updates for shard in pipe.shard_statistics()]
-        return {"before": before, "after": pipe.state_dict(), "shards": shards}
+        weights = {"before": before, "after": pipe.state_dict()}
+        return {**weights, "shards": shards, "reports": reports, "position": pipe.position}
 
 
 KINDS = {
@@ -112,6 +121,49 @@ def test_replicas_go_on(launcher: Launcher, tmp_path: Path, name: str) -> None:
     if "downpour" in name:
         assert one["shards"] == [16, 16], "8 mini-batches a replica, of both epochs"
     assert Checkpoint.open(first).has("server-1") == (ranks == 6 or "beside" in name)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_replicas_go_on_from_the_middle_of_a_pass(
+    launcher: Launcher, tmp_path: Path, name: str
+) -> None:
+    """The first replica has five mini-batches in a pass, the second four: the second saves at the
+    end of its data, and waits there.
+    """
+    ranks, make = KINDS[name]
+    plan = Checkpoints(tmp_path, 2, keep=9)
+    whole = launcher.run(replicated, ranks, make(), plan, None, 2, 81)
+    whole.expect(*[0] * ranks)
+    one = whole.results[0]
+    assert one["position"].total == 10 and one["reports"][0].samples <= 45
+    saved = sorted(tmp_path.glob("step-*"))
+    assert [int(each.name.removeprefix("step-")) for each in saved] == [2, 4, 7, 9]
+    for start in saved[1:]:
+        plan = Checkpoints(tmp_path / "again", 2, keep=9)
+        again = launcher.run(replicated, ranks, make(), plan, str(start), 2, 81)
+        again.expect(*[0] * ranks)
+        two = again.results[0]
+        assert_same(two["before"], load_weights(start))
+        assert two["position"] == one["position"]
+        assert two["shards"] == one["shards"], "servers count on from what they had"
+        if name == "allreduce":
+            assert_same(two["after"], one["after"])
+            pairs = zip(again.results, whole.results, strict=True)
+            assert all(new["reports"][-1] == old["reports"][-1] for new, old in pairs)
+    if "downpour" in name:
+        assert one["shards"] == [18, 18], "9 mini-batches in a pass"
+
+
+def test_replicas_are_not_disturbed_by_saves(launcher: Launcher, tmp_path: Path) -> None:
+    """Under a flush, where nothing is in flight between two mini-batches."""
+    none, some = (
+        launcher.run(replicated, 4, Allreduce(2), plan, None, 2, 81, True)
+        for plan in (None, Checkpoints(tmp_path, 1))
+    )
+    for outcome in (none, some):
+        outcome.expect(0, 0, 0, 0)
+    assert_same(none.results[0]["after"], some.results[0]["after"])
+    assert none.results[0]["reports"] == some.results[0]["reports"]
 
 
 def test_fewer_replicas_and_stages(launcher: Launcher, tmp_path: Path) -> None:
