@@ -16,7 +16,6 @@ The order of every sum is the one that stages have on their own, so the numbers 
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import cast
 
 import torch
@@ -186,14 +185,18 @@ class Together:
 
     def _tell(self, loss: Tensor) -> None:
         """Note what would have come up to the first stage by now."""
-        numbers: list[float] = []
+        numbers: tuple[float, ...] = ()
         for member in self._members:
-            stage = member.stage
-            row = Row(stage.latest_staleness, skipped=stage.skipped)
-            numbers += replace(row, **stage.sampled._asdict()).numbers()
+            stage, (variance, norm) = member.stage, member.stage.sampled
+            numbers += Row(
+                stage.latest_staleness,
+                skipped=stage.skipped,
+                variance=variance,
+                squared_norm=norm,
+            )
         first = self._members[0].stage
         rate, samples = first.learning_rate, first.latest_samples
-        self._engines[0].books.note(loss, tuple(numbers), first.version, rate, samples)
+        self._engines[0].books.note(loss, numbers, first.version, rate, samples)
 
     def _stop(self, flights: Sequence[Flight]) -> None:
         """Stop on the first stage whose output is not finite, or the last with such a gradient."""
