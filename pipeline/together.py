@@ -15,7 +15,6 @@ The order of every sum is the one that stages have on their own, so the numbers 
 
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from typing import cast
 
 import torch
@@ -25,7 +24,7 @@ from .driver import Alone
 from .engine import Call, Engine
 from .feed import Source
 from .gradient import all_finite
-from .layers import layer_at_fault
+from .layers import Layers, Places, layer_at_fault, named_layers
 from .message import Kind, Message
 from .nest import Nest, leaves, map_tensors
 from .random_state import RandomState
@@ -53,6 +52,8 @@ class Together:
         self._alone, self._source = Alone(engines, source), source
         self._engines = engines
         self._members = [_Member(engine.stage) for engine in engines]
+        layers = [layer for engine in engines for layer in named_layers(engine.stage.layers)]
+        self._places = Places(Layers(layers))  # no two stages have a weight in common
         self._read: deque[tuple[Message, RandomState | None]] = deque()
         self._closes: dict[int, bool] = {}  # whether each of those closes an update
         self._closed = 0  # updates that those fed close
@@ -113,10 +114,9 @@ class Together:
     ) -> None:
         flights = [member.begin(index, samples) for member in self._members]
         flights[-1].target = target
-        with ExitStack() as held:
-            for member, flight in zip(self._members, flights, strict=True):
-                if flight.weights is not None:
-                    held.enter_context(member.stage.places.holding(flight.weights.leaves))
+        versions = [flight.weights for flight in flights if flight.weights is not None]
+        held = {name: leaf for version in versions for name, leaf in version.leaves.items()}
+        with self._places.holding(held):
             loss = self._forward(flights, x, random)
             finite = all_finite([loss])  # looked at once, not by every stage
             for member, flight in zip(self._members, flights, strict=True):
@@ -130,9 +130,8 @@ class Together:
         if stops and not all(flight.finite for flight in flights):
             self._stop(flights)
         self._tell(loss)
-        for flight in flights:
-            if flight.weights is not None:
-                flight.weights.release()
+        for version in versions:
+            version.release()
 
     def _draw(self, x: Nest) -> RandomState | None:
         """Draw from the global random state what the first stage's layers would draw now.
