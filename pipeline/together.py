@@ -13,6 +13,8 @@ stages (T takes weights, M is the micro-batch from end to end, each followed by 
 The order of every sum is the one that stages have on their own, so the numbers are too.
 """
 
+import math
+import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import cast
@@ -185,10 +187,13 @@ class Together:
     def _tell(self, loss: Tensor) -> None:
         """Note what would have come up to the first stage by now."""
         numbers: tuple[float, ...] = ()
+        clock = time.perf_counter()
         for member in self._members:
             stage, (variance, norm) = member.stage, member.stage.sampled
             numbers += Row(
                 stage.latest_staleness,
+                busy_seconds=math.nan,
+                clock=clock,
                 skipped=stage.skipped,
                 variance=variance,
                 squared_norm=norm,
