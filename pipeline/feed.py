@@ -91,15 +91,16 @@ def feed(
         if before is Kind.SAVE:
             yield Message(Kind.SAVE, start)
         pieces = split(batch, parts)
-        for k, piece in enumerate(pieces):
+        sizes = [samples(piece) for piece in pieces]
+        for k, (piece, size) in enumerate(zip(pieces, sizes, strict=True)):
             if start == tune_at:
                 yield Message(Kind.TUNE)
-            last, size = k == len(pieces) - 1, samples(piece)
+            last = k == len(pieces) - 1
             numbers = (float(size), float(closes(size, last)))
             yield Message(Kind.MICRO_BATCH, start, last, numbers, piece)
             start += 1
         if course is not None:
-            course.feed(len(pieces), samples(batch))
+            course.feed(len(pieces), sum(sizes))
     yield Message(Kind.END)
 
 

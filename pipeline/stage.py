@@ -380,7 +380,8 @@ class Stage:
             self.sampled = done.sampled() if finite and done.finite else UNKNOWN
         now = self.timestamp
         stale = [now - version for version in done.versions]
-        self.staleness.update(stale)
+        for each in stale:
+            self.staleness[each] += 1
         self.latest_staleness = sum(stale) / len(stale) if stale else 0.0
         self.rule.before_update(self)
         self.kit.before_update()
