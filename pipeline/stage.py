@@ -244,8 +244,10 @@ class Stage:
         Args:
             weights: leaves of which the gradient was taken, by name.
         """
-        taken = {name: _take_gradient(weight) for name, weight in weights.items()}
-        means = {name: gradient for name, gradient in taken.items() if gradient is not None}
+        means: dict[str, Tensor] = {}
+        for name, weight in weights.items():
+            if (gradient := _take_gradient(weight)) is not None:
+                means[name] = gradient
         loss = [] if flight.loss is None else [flight.loss]
         flight.finite = flight.finite and all_finite([*means.values(), *loss])
         self._add(means, flight)
