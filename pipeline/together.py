@@ -283,9 +283,5 @@ def _hand_over(tensor: Tensor) -> Tensor:
     tensor = tensor.contiguous()
     if tensor.requires_grad:
         tensor = tensor.view_as(tensor)
-        tensor.register_hook(_contiguous)  # type: ignore[no-untyped-call]
+        tensor.register_hook(Tensor.contiguous)  # type: ignore[no-untyped-call]
     return tensor
-
-
-def _contiguous(gradient: Tensor) -> Tensor:
-    return gradient.contiguous()
