@@ -109,7 +109,7 @@ class Engine:
         self._real_inputs: deque[Message] = deque()
         self._heard = 0  # losses that have come up to here, or are this stage's own
         self._losses: list[Tensor] = []  # those not passed on yet
-        self._below = Row().numbers() * (stage.count - 1 - stage.index)
+        self._below: tuple[float, ...] = Row() * (stage.count - 1 - stage.index)
         self.trained = 0
         self.within = False  # a pass that began before this call, if it was ended early
         self._stretch = self._new_stretch()
@@ -369,7 +369,7 @@ class Engine:
             figures.local_loss,
             *stage.sampled,
         )
-        numbers = row.numbers() + self._below
+        numbers = row + self._below
         losses, self._losses = self._losses, []
         if not stage.is_first:
             body: Nest = ([*losses], [*returned])

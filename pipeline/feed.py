@@ -94,15 +94,16 @@ def feed(
             yield Message(Kind.END, last=True)
             return
         pieces = split(batch, parts)
-        for k, piece in enumerate(pieces):
+        sizes = [samples(piece) for piece in pieces]
+        for k, (piece, size) in enumerate(zip(pieces, sizes, strict=True)):
             if start == tune_at:
                 yield Message(Kind.TUNE)
-            last, size = k == len(pieces) - 1, samples(piece)
+            last = k == len(pieces) - 1
             numbers = (float(size), float(closes(size, last)))
             yield Message(Kind.MICRO_BATCH, start, last, numbers, piece)
             start += 1
         if course is not None:
-            course.feed(len(pieces), samples(batch))
+            course.feed(len(pieces), sum(sizes))
     while together and not together():
         yield from again
     yield Message(Kind.END)

@@ -1,5 +1,6 @@
 """What one update accumulates: the gradients of its micro-batches, weighted by their samples."""
 
+import math
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -122,11 +123,10 @@ def squared_norm(tensors: dict[str, Tensor]) -> Tensor | float:
 
 def all_finite(tensors: list[Tensor]) -> bool:
     """Whether no element is infinite or NaN; one pass over memory, and one wait for the device."""
-    # A number less itself is 0, and NaN if it was infinite or NaN, which counts as true.
-    differences = [total - total for total in map(_sum, tensors)]
-    if all(difference.device.type == "cpu" for difference in differences):
-        return not any(map(bool, differences))
-    return not bool(torch.stack([d.to(torch.float64) for d in differences]).any())
+    totals = [_sum(tensor) for tensor in tensors]
+    if all(total.device.type == "cpu" for total in totals):
+        return all(math.isfinite(total.item()) for total in totals)
+    return bool(torch.stack([total.to(torch.float64) for total in totals]).isfinite().all())
 
 
 def _sum(tensor: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ __all__ = ["Layers", "Places", "layer_at_fault", "materialise", "named_layers"]
 
 def named_layers(model: nn.Sequential) -> list[tuple[str, nn.Module]]:
     """A Sequential's layers; one that occurs twice (a shared ReLU) is there twice."""
-    return list(zip(model._modules, model, strict=True))
+    return list(model._modules.items())
 
 
 class Layers(nn.Sequential):
@@ -28,7 +28,7 @@ class Layers(nn.Sequential):
 
     def forward(self, x: Any) -> Any:
         # The traceback of an error finds `name` here: see `layer_at_fault`.
-        for name, layer in zip(self._modules, self, strict=True):  # noqa: B007
+        for name, layer in self._modules.items():  # noqa: B007
             x = layer(x)
         return x
 

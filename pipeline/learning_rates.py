@@ -3,7 +3,7 @@
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
 from typing import Any
 
@@ -18,12 +18,13 @@ from .stateful import Stateful
 __all__ = ["ComingRates", "multiplied"]
 
 
-@contextmanager
-def multiplied(optimizers: Sequence[Optimizer], factor: float) -> Iterator[None]:
+def multiplied(optimizers: Sequence[Optimizer], factor: float) -> AbstractContextManager[None]:
     """Run a block with every learning rate times a factor; 1 leaves them as they are."""
-    if factor == 1:
-        yield
-        return
+    return nullcontext() if factor == 1 else _multiplied(optimizers, factor)
+
+
+@contextmanager
+def _multiplied(optimizers: Sequence[Optimizer], factor: float) -> Iterator[None]:
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     rates = [group["lr"] for group in groups]
     try:

@@ -58,8 +58,9 @@ class RandomState:
 
     def take_on(self) -> None:
         """Become the state in force, as it is now."""
-        inner = RandomState.capture(self.device)
-        self.cpu, self.cuda = inner.cpu, inner.cuda
+        self.cpu = torch.get_rng_state()
+        if self.cuda is not None:
+            self.cuda = torch.cuda.get_rng_state(self.device)
 
     @contextmanager
     def in_force(self) -> Iterator[None]:

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -240,9 +240,8 @@ class ShardStatistics:
         return _mean(self.staleness)
 
 
-@dataclass(frozen=True)
-class Row:
-    """A stage's figures as they ride up to the first stage with each gradient.
+class Row(NamedTuple):
+    """A stage's figures as they ride up to the first stage with each gradient, a number each.
 
     Args:
         clock: seconds, on the stage's own clock, at which they were taken.
@@ -260,27 +259,11 @@ class Row:
     variance: float = math.nan
     squared_norm: float = math.nan
 
-    WIDTH = 10
-
-    def numbers(self) -> tuple[float, ...]:
-        """Write it as numbers, for a header."""
-        return (
-            self.staleness,
-            self.busy_seconds,
-            self.clock,
-            self.skipped,
-            self.lag,
-            self.synthesizer_loss,
-            self.cosine,
-            self.local_loss,
-            self.variance,
-            self.squared_norm,
-        )
-
     @classmethod
     def read(cls, numbers: Sequence[float]) -> "list[Row]":
         """Read the rows of consecutive stages."""
-        return [cls(*numbers[k : k + cls.WIDTH]) for k in range(0, len(numbers), cls.WIDTH)]
+        width = len(cls._fields)
+        return [cls(*numbers[k : k + width]) for k in range(0, len(numbers), width)]
 
 
 def known(value: float) -> float | None:
@@ -309,7 +292,7 @@ class Books(Stateful):
     state = ("_numbers", "_fed", "_sums", "_seconds", "_skipped", "_version")
 
     def __init__(self, stages: int) -> None:
-        self._numbers = Row().numbers() * stages
+        self._numbers: tuple[float, ...] = Row() * stages
         self.log: Callable[[Progress], None] | None = None
         self.log_every = 50
         self._fed = 0

@@ -244,8 +244,10 @@ class Stage:
         Args:
             weights: leaves of which the gradient was taken, by name.
         """
-        taken = {name: _take_gradient(weight) for name, weight in weights.items()}
-        means = {name: gradient for name, gradient in taken.items() if gradient is not None}
+        means: dict[str, Tensor] = {}
+        for name, weight in weights.items():
+            if (gradient := _take_gradient(weight)) is not None:
+                means[name] = gradient
         loss = [] if flight.loss is None else [flight.loss]
         flight.finite = flight.finite and all_finite([*means.values(), *loss])
         self._add(means, flight)
@@ -380,7 +382,8 @@ class Stage:
             self.sampled = done.sampled() if finite and done.finite else UNKNOWN
         now = self.timestamp
         stale = [now - version for version in done.versions]
-        self.staleness.update(stale)
+        for each in stale:
+            self.staleness[each] += 1
         self.latest_staleness = sum(stale) / len(stale) if stale else 0.0
         self.rule.before_update(self)
         self.kit.before_update()

@@ -13,10 +13,10 @@ stages (T takes weights, M is the micro-batch from end to end, each followed by 
 The order of every sum is the one that stages have on their own, so the numbers are too.
 """
 
+import math
+import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import replace
 from typing import cast
 
 import torch
@@ -26,7 +26,7 @@ from .driver import Alone
 from .engine import Call, Engine
 from .feed import Source
 from .gradient import all_finite
-from .layers import layer_at_fault
+from .layers import Layers, Places, layer_at_fault, named_layers
 from .message import Kind, Message
 from .nest import Nest, leaves, map_tensors
 from .random_state import RandomState
@@ -54,6 +54,8 @@ class Together:
         self._alone, self._source = Alone(engines, source), source
         self._engines = engines
         self._members = [_Member(engine.stage) for engine in engines]
+        layers = [layer for engine in engines for layer in named_layers(engine.stage.layers)]
+        self._places = Places(Layers(layers))  # no two stages have a weight in common
         self._read: deque[tuple[Message, RandomState | None]] = deque()
         self._closes: dict[int, bool] = {}  # whether each of those closes an update
         self._closed = 0  # updates that those fed close
@@ -114,10 +116,9 @@ class Together:
     ) -> None:
         flights = [member.begin(index, samples) for member in self._members]
         flights[-1].target = target
-        with ExitStack() as held:
-            for member, flight in zip(self._members, flights, strict=True):
-                if flight.weights is not None:
-                    held.enter_context(member.stage.places.holding(flight.weights.leaves))
+        versions = [flight.weights for flight in flights if flight.weights is not None]
+        held = {name: leaf for version in versions for name, leaf in version.leaves.items()}
+        with self._places.holding(held):
             loss = self._forward(flights, x, random)
             finite = all_finite([loss])  # looked at once, not by every stage
             for member, flight in zip(self._members, flights, strict=True):
@@ -131,9 +132,8 @@ class Together:
         if stops and not all(flight.finite for flight in flights):
             self._stop(flights)
         self._tell(loss)
-        for flight in flights:
-            if flight.weights is not None:
-                flight.weights.release()
+        for version in versions:
+            version.release()
 
     def _draw(self, x: Nest) -> RandomState | None:
         """Draw from the global random state what the first stage's layers would draw now.
@@ -186,14 +186,21 @@ class Together:
 
     def _tell(self, loss: Tensor) -> None:
         """Note what would have come up to the first stage by now."""
-        numbers: list[float] = []
+        numbers: tuple[float, ...] = ()
+        clock = time.perf_counter()
         for member in self._members:
-            stage = member.stage
-            row = Row(stage.latest_staleness, skipped=stage.skipped)
-            numbers += replace(row, **stage.sampled._asdict()).numbers()
+            stage, (variance, norm) = member.stage, member.stage.sampled
+            numbers += Row(
+                stage.latest_staleness,
+                busy_seconds=math.nan,
+                clock=clock,
+                skipped=stage.skipped,
+                variance=variance,
+                squared_norm=norm,
+            )
         first = self._members[0].stage
         rate, samples = first.learning_rate, first.latest_samples
-        self._engines[0].books.note(loss, tuple(numbers), first.version, rate, samples)
+        self._engines[0].books.note(loss, numbers, first.version, rate, samples)
 
     def _stop(self, flights: Sequence[Flight]) -> None:
         """Stop on the first stage whose output is not finite, or the last with such a gradient."""
@@ -276,9 +283,5 @@ def _hand_over(tensor: Tensor) -> Tensor:
     tensor = tensor.contiguous()
     if tensor.requires_grad:
         tensor = tensor.view_as(tensor)
-        tensor.register_hook(_contiguous)  # type: ignore[no-untyped-call]
+        tensor.register_hook(Tensor.contiguous)  # type: ignore[no-untyped-call]
     return tensor
-
-
-def _contiguous(gradient: Tensor) -> Tensor:
-    return gradient.contiguous()

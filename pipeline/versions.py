@@ -51,12 +51,12 @@ class Versions:
                 return version
         version = next((v for v in self.copies if not v.users), None) or self._allocate(weights)
         version.key = key
+        if fill is None:
+            copy_all(version.leaves, weights)
+            return version
         with torch.no_grad():
-            if fill is None:
-                copy_all(version.leaves, weights)
-            else:
-                for name, weight in weights.items():
-                    version.leaves[name].copy_(fill(name, weight))
+            for name, weight in weights.items():
+                version.leaves[name].copy_(fill(name, weight))
         return version
 
     def _allocate(self, weights: Mapping[str, Tensor]) -> Version:
@@ -67,8 +67,8 @@ class Versions:
         return self.copies[-1]
 
 
-@torch.no_grad()
 def copy_all(into: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
     """Copy tensors into those of the same names, in one operation."""
     if weights:
-        torch._foreach_copy_([into[name] for name in weights], [*weights.values()])
+        with torch.no_grad():
+            torch._foreach_copy_([into[name] for name in weights], [*weights.values()])

@@ -6,6 +6,9 @@ A character GPT (8 blocks, width 32, 16 sequences of 32, AdamW) and an MLP (8 la
 images like the digits, SGD with momentum), one thread. Plain training is a loop over the same
 mini-batches with one optimizer of all parameters. Each round runs every way in turn; processor time
 is counted, and the ratio is the median over the rounds.
+
+What torch itself takes for stages is there too, in plain loops without any staleness: with an
+optimizer for each stage, and with a graph for each stage as well, as stages in turn have.
 """
 
 import argparse
@@ -14,6 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -21,10 +25,11 @@ from torch import Tensor, nn
 
 from headrace.models import TokenCrossEntropy, gpt, mlp
 from headrace.pipeline import Pipeline
+from headrace.pipeline.partition import count, partition
 from headrace.pipeline.rules import Delayed
 from headrace.pipeline.simulation import Simulation
 
-__all__ = ["WORKS", "Work", "main", "ratios", "ways"]
+__all__ = ["WORKS", "Work", "cut_up", "main", "ratios", "train", "ways"]
 
 
 @dataclass(frozen=True)
@@ -87,20 +92,50 @@ def ways(work: Work, stages: int, share: float = 1.0) -> dict[str, Callable[[], 
         )
         return lambda: pipe.train(batches)
 
-    model = made()
-    optimizer = work.optimizer(list(model.named_parameters()))
-
-    def plainly() -> None:
-        for x, target in batches:
-            optimizer.zero_grad()
-            torch.autograd.backward(work.loss_fn(model(x), target))
-            optimizer.step()
+    def loop(graphs: int, optimizers: int) -> Callable[[], object]:
+        model = made()
+        return partial(
+            train,
+            cut_up(model, graphs),
+            [work.optimizer([*part.named_parameters()]) for part in cut_up(model, optimizers)],
+            work.loss_fn,
+            batches,
+        )
 
     return {
-        "plain": plainly,
+        "plain": loop(1, 1),
+        "an optimizer a stage": loop(1, stages),
+        "a graph a stage": loop(stages, stages),
         "stages in turn, stash": pipeline(Pipeline, "stash"),
         **{weights: pipeline(Simulation, weights) for weights in ("stash", "predict", "current")},
     }
+
+
+def cut_up(model: nn.Sequential, stages: int) -> list[nn.Module]:
+    """The stages that a pipeline would make of a model, as models."""
+    sizes = partition(model, stages, "parameters", count(model)).sizes
+    return [model[end - size : end] for size, end in zip(sizes, accumulate(sizes), strict=True)]
+
+
+def train(
+    parts: Sequence[nn.Module],
+    optimizers: Sequence[torch.optim.Optimizer],
+    loss_fn: Callable[[Any, Any], Tensor],
+    batches: Iterable[tuple[Tensor, Tensor]],
+) -> None:
+    """A plain loop, with a graph for each part of the model."""
+    for x, target in batches:
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        inputs, outputs = [x], [parts[0](x)]
+        for part in parts[1:]:
+            inputs.append(outputs[-1].detach().requires_grad_())
+            outputs.append(part(inputs[-1]))
+        torch.autograd.backward(loss_fn(outputs[-1], target))
+        for leaf, output in zip(inputs[:0:-1], outputs[-2::-1], strict=True):
+            torch.autograd.backward(output, leaf.grad)
+        for optimizer in optimizers:
+            optimizer.step()
 
 
 def ratios(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..stateful import Stateful
+from ..versions import copy_all
 from .correction import Correction, Fill, correct
 
 if TYPE_CHECKING:
@@ -94,14 +95,12 @@ class Kit(Stateful):
             return
         if not self._before:
             self._before = {n: torch.empty_like(w) for n, w in self._weights.items()}
-        with torch.no_grad():
-            for name, weight in self._weights.items():
-                self._before[name].copy_(weight)
+        copy_all(self._before, self._weights)
 
     def after_update(self) -> None:
         """Let each see what the update has done."""
-        with torch.no_grad():
-            for correction in self.corrections:
+        for correction in self.corrections:
+            with torch.no_grad():
                 correction.after_update(self._before, self._rates)
         self._rates = {}
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..corrections.weight_prediction import extrapolate
-from ..versions import Version, Versions
+from ..versions import Version, Versions, copy_all
 from .rule import Rule
 
 if TYPE_CHECKING:
@@ -104,12 +104,9 @@ class Predict(Rule):
     def before_update(self, stage: "Stage") -> None:
         if stage.depth == 0:
             return
-        with torch.no_grad():
-            for name, weight in stage.trainable.items():
-                if name in self.before:
-                    self.before[name].copy_(weight)
-                else:
-                    self.before[name] = weight.detach().clone()
+        if not self.before:
+            self.before = {n: torch.empty_like(w) for n, w in stage.trainable.items()}
+        copy_all(self.before, stage.trainable)
 
 
 class Delayed(Rule):

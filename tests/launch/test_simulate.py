@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from torch.nn.utils import parameters_to_vector
 
 from headrace.launch import simulate as simulate_command
 from headrace.launch.assemble import make_corrections
@@ -16,6 +18,7 @@ from headrace.launch.simulate import main
 from headrace.launch.simulation.plan import DEFAULT, Case, Grid, plan, read_variants
 from headrace.launch.simulation.results import Row, best, results_table, smooth, updates_until
 from headrace.launch.simulation.run import Outcome, simulate
+from headrace.launch.studies.simulation_speed import WORKS, cut_up, train
 from headrace.launch.studies.simulation_speed import main as speed
 
 CONFIG = """\
@@ -212,7 +215,19 @@ def test_the_ratios_to_plain_training(capsys: pytest.CaptureFixture[str]) -> Non
     speed(["--rounds", "1", "--share", "0.03", "--stages", "4"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "4 stages, times those of plain training"
-    assert re.fullmatch(r"\| MLP +\| 1\.00 +(\| \d+\.\d\d +){4}\|", lines[-1])
+    assert re.fullmatch(r"\| MLP +\| 1\.00 +(\| \d+\.\d\d +){6}\|", lines[-1])
+
+
+def test_plain_training_in_several_graphs_is_the_same() -> None:
+    work = WORKS["MLP"]
+    found = []
+    for graphs, optimizers in ((1, 1), (1, 4), (4, 4)):
+        torch.manual_seed(0)
+        model = work.model()
+        parts = [work.optimizer(part.named_parameters()) for part in cut_up(model, optimizers)]
+        train(cut_up(model, graphs), parts, work.loss_fn, work.batches(5))
+        found.append(parameters_to_vector(model.parameters()))
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
 def test_under_torchrun(

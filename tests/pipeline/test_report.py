@@ -13,8 +13,8 @@ from headrace.pipeline.report import Books, Row
 from .reads import count_reads
 
 ROWS = [Row(2.0, 0.5, 1.0, 1.0), Row(0.0, 0.25, 1.0, 0.0)]
-NUMBERS = ROWS[0].numbers() + ROWS[1].numbers()
-ONE = ROWS[0].numbers()
+NUMBERS = ROWS[0] + ROWS[1]
+ONE = ROWS[0]
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ def test_logs_come_at_their_interval_with_what_is_known_then(clock: list[float])
     for k in range(5):
         clock[0] += 1
         rows = [Row(2.0, 0.6 * (k + 1), clock[0], 0.0), Row(0.0, 0.5 * (k + 1), clock[0], 0.0)]
-        numbers = rows[0].numbers() + rows[1].numbers()
+        numbers = rows[0] + rows[1]
         books.fed(k + 1)
         books.note(torch.tensor(float(k)), numbers, version=k, rate=0.1 * k)
     assert [log.micro_batch for log in logs] == [2, 4]
