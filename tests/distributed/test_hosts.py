@@ -165,7 +165,7 @@ def test_the_numbers_are_those_of_one_process(voyage: Voyage) -> None:
 
 
 def test_memory_is_shared_within_a_host_alone(voyage: Voyage) -> None:
-    near, far = "HostOutbox", "_Sender"
+    near, far = "HostOutbox", "TcpOutbox"
     ways = [(near, ""), (far, near), (far, far), ("", far)]
     assert [trip.links for trip in voyage.trips] == ways
     # Downwards go activations and, beside them, targets; upwards go gradients.
@@ -229,7 +229,7 @@ def test_containers_that_share_a_network(tmp_path: Path) -> None:
             finish(processes)
     assert clutter.read_bytes() == b"\xff" * 1_000_000
     trips = results(tmp_path, 2)
-    assert [trip.links for trip in trips] == [("_Sender", ""), ("", "_Sender")]
+    assert [trip.links for trip in trips] == [("TcpOutbox", ""), ("", "TcpOutbox")]
     assert_same_as_one_process(trips)
 
 
