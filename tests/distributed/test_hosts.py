@@ -18,7 +18,15 @@ from headrace.launch import train as train_command
 
 from ..launch.test_replicas import CONFIG
 from ..pipeline.helpers import assert_same
-from .across import PAYLOAD, Trip, train_among_files, train_and_wait, train_here, train_twice
+from .across import (
+    PAYLOAD,
+    Trip,
+    measure_paces,
+    train_among_files,
+    train_and_wait,
+    train_here,
+    train_twice,
+)
 from .failing import FLAG, Plan
 from .hosts import Host, Network, UnavailableError, connected, far_apart
 
@@ -208,6 +216,23 @@ def test_a_slow_cable(tmp_path: Path) -> None:
     assert chosen[0].depths == chosen[1].depths
     assert chosen[0].depths[0] > 1, "no slack"
     assert_same(chosen[0].weights, chosen[1].weights)
+
+
+def test_slack_hides_what_a_cable_takes(tmp_path: Path) -> None:
+    """Large messages, of which each tensor would take gloo a round trip, however many are in flight.
+
+    At slack 0 a micro-batch takes as long as the cable one way, at least; at slack 16, when 17 share
+    a round trip, a few milliseconds: a busy machine, too, stays below half.
+    """
+    delay = 0.05
+    with having(far_apart(delay, tmp_path)) as network:
+        starts = torchrun(network.hosts, [1, 1], tmp_path, measure_paces, 256, 64, [0, 16], 40)
+        with running(starts) as processes:
+            finish(processes)
+    for (waits, _), (hides, depth) in results(tmp_path, 2):
+        print(f"ms a micro-batch: slack 0 {1000 * waits:.1f}, slack 16 {1000 * hides:.1f}")
+        assert depth in (17, 0)
+        assert waits > delay and 2 * hides < waits
 
 
 def test_containers_that_share_a_network(tmp_path: Path) -> None:
