@@ -219,9 +219,9 @@ def test_a_slow_cable(tmp_path: Path) -> None:
 
 
 def test_slack_hides_what_a_cable_takes(tmp_path: Path) -> None:
-    """Large messages, of which each tensor would take gloo a round trip, however many are in flight.
+    """Large messages, each of whose tensors would take gloo a round trip, whatever is in flight.
 
-    At slack 0 a micro-batch takes as long as the cable one way, at least; at slack 16, when 17 share
+    At slack 0 a micro-batch takes at least as long as the cable one way; at slack 16, when 17 share
     a round trip, a few milliseconds: a busy machine, too, stays below half.
     """
     delay = 0.05

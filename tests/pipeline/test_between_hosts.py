@@ -259,7 +259,13 @@ def assert_connected(met: Meeting) -> None:
     assert message is not None and message.index == 7
 
 
-def test_two_ranks_meet() -> None:
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
+def test_two_ranks_meet(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    try:
+        listen(address).close()
+    except OSError as error:
+        pytest.skip(f"no {address} here: {error}")
+    monkeypatch.setattr(between_hosts, "own_address", lambda: address)
     met = meet()
     for end in (met.outbox._socket, met.inbox._socket):
         assert end.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
