@@ -1,5 +1,6 @@
-"""How one tensor gets from one process to another: straight, through host memory, or by nccl."""
+"""How a message's large tensors get to another process: by its connection, or by nccl."""
 
+import socket
 import threading
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .message import TensorSpec
+from .socket_bytes import fill, memory_of
 
 __all__ = ["Carrier", "HostStaged", "Nccl"]
 
@@ -16,54 +18,37 @@ _issue = threading.Lock()
 
 
 class Carrier:
-    """Carries tensors of the CPU over a 2-rank gloo group.
+    """Carries tensors of the CPU: by the connection that carried the frame, after it."""
 
-    gloo sends bytes: every dtype travels, and a send returns once the receiver has taken it.
-    """
+    on_cpu = True
+    """There are no others: on one host, memory can be shared instead."""
 
-    def __init__(self, device: torch.device, group: dist.ProcessGroup) -> None:
-        self.device, self.group = device, group
-
-    def warm_up(self, peer: int, sends: bool) -> None:
-        """Send one number, so that the first message finds an open connection."""
-        self._transfer(torch.zeros(1, dtype=torch.int64), peer, sends)
-
-    def _transfer(self, tensor: Tensor, peer: int, sends: bool) -> None:
-        (self.send_host if sends else self.receive_host)(tensor, peer)
-
-    def close(self) -> None:
-        """End the group."""
-        dist.destroy_process_group(self.group)
+    def warm_up(self, sends: bool) -> None:
+        """Have a tensor's way open before the first one comes."""
 
     def mark(self) -> Any:
         """Note the moment at which a message's tensors are complete."""
         return None
 
-    def send_host(self, tensor: Tensor, peer: int) -> None:
-        """Send a tensor of the CPU; the calling thread waits."""
-        flat = tensor.contiguous().view(-1)
-        dist.send(flat.view(torch.uint8), peer, group=self.group)
+    def send(self, end: socket.socket, tensor: Tensor, ready: Any) -> None:
+        """Send a tensor once it is complete; the calling thread waits until it may be forgotten."""
+        whole = tensor.contiguous()  # a name: the memory must live until it has been read
+        end.sendall(memory_of(whole))
 
-    def receive_host(self, tensor: Tensor, peer: int) -> None:
-        """Receive into a contiguous tensor of the CPU; the calling thread waits."""
-        dist.recv(tensor.view(-1).view(torch.uint8), peer, group=self.group)
-
-    def send(self, tensor: Tensor, peer: int, ready: Any) -> None:
-        """Send a tensor once it is complete; the calling thread waits until it is gone."""
-        self.send_host(tensor, peer)
-
-    def receive(self, spec: TensorSpec, peer: int) -> Tensor:
+    def receive(self, end: socket.socket, spec: TensorSpec) -> Tensor:
         """Receive a tensor; it is complete on return."""
         tensor = torch.empty(spec.shape, dtype=spec.dtype)
-        self.receive_host(tensor, peer)
+        fill(end, memory_of(tensor))
         return tensor
 
 
 class HostStaged(Carrier):
-    """Carries CUDA tensors through pinned host memory: gloo cannot, nccl wants a GPU each."""
+    """Carries CUDA tensors through pinned host memory: nccl wants a GPU each."""
 
-    def __init__(self, device: torch.device, group: dist.ProcessGroup) -> None:
-        super().__init__(device, group)
+    on_cpu = False
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def mark(self) -> Any:
@@ -71,7 +56,7 @@ class HostStaged(Carrier):
         event.record(torch.cuda.current_stream(self.device))
         return event
 
-    def send(self, tensor: Tensor, peer: int, ready: Any) -> None:
+    def send(self, end: socket.socket, tensor: Tensor, ready: Any) -> None:
         if tensor.device.type == "cuda":
             with torch.cuda.stream(self.stream):
                 self.stream.wait_event(ready)
@@ -79,13 +64,13 @@ class HostStaged(Carrier):
                 host.copy_(tensor, non_blocking=True)
             self.stream.synchronize()
             tensor = host
-        self.send_host(tensor, peer)
+        super().send(end, tensor, ready)
 
-    def receive(self, spec: TensorSpec, peer: int) -> Tensor:
+    def receive(self, end: socket.socket, spec: TensorSpec) -> Tensor:
         if not spec.on_accelerator:
-            return super().receive(spec, peer)
+            return super().receive(end, spec)
         host = torch.empty(spec.shape, dtype=spec.dtype, pin_memory=True)
-        self.receive_host(host, peer)
+        fill(end, memory_of(host))
         tensor = torch.empty(spec.shape, dtype=spec.dtype, device=self.device)
         with torch.cuda.stream(self.stream):
             # The caching allocator may hand out memory that the default stream still reads.
@@ -96,38 +81,40 @@ class HostStaged(Carrier):
 
 
 class Nccl(HostStaged):
-    """Carries CUDA tensors by nccl, on a group and a stream of its own; headers go by gloo."""
+    """Carries CUDA tensors by nccl, on a 2-rank group and a stream of its own."""
 
-    def __init__(
-        self, device: torch.device, group: dist.ProcessGroup, tensors: dist.ProcessGroup
-    ) -> None:
-        super().__init__(device, group)
-        self.tensors = tensors
+    def __init__(self, device: torch.device, group: dist.ProcessGroup, peer: int) -> None:
+        super().__init__(device)
+        self._group, self._peer = group, peer
 
-    def warm_up(self, peer: int, sends: bool) -> None:
-        super().warm_up(peer, sends)
+    def warm_up(self, sends: bool) -> None:
         if sends:
-            self.send(torch.zeros(1, device=self.device), peer, self.mark())
+            self._send(torch.zeros(1, device=self.device), self.mark())
         else:
-            self.receive(TensorSpec(torch.float32, (1,), False, True), peer)
+            self._receive(TensorSpec(torch.float32, (1,), False, True))
 
-    def send(self, tensor: Tensor, peer: int, ready: Any) -> None:
-        if tensor.device.type != "cuda":
-            return self.send_host(tensor, peer)
+    def send(self, end: socket.socket, tensor: Tensor, ready: Any) -> None:
+        if tensor.device.type == "cuda":
+            self._send(tensor, ready)
+        else:
+            super().send(end, tensor, ready)
+
+    def receive(self, end: socket.socket, spec: TensorSpec) -> Tensor:
+        return self._receive(spec) if spec.on_accelerator else super().receive(end, spec)
+
+    def _send(self, tensor: Tensor, ready: Any) -> None:
         with torch.cuda.stream(self.stream):
             self.stream.wait_event(ready)
             with _issue:
-                work = dist.isend(tensor.contiguous(), peer, group=self.tensors)
+                work = dist.isend(tensor.contiguous(), self._peer, group=self._group)
             self._finish(work)
 
-    def receive(self, spec: TensorSpec, peer: int) -> Tensor:
-        if not spec.on_accelerator:
-            return Carrier.receive(self, spec, peer)
+    def _receive(self, spec: TensorSpec) -> Tensor:
         tensor = torch.empty(spec.shape, dtype=spec.dtype, device=self.device)
         with torch.cuda.stream(self.stream):
             self.stream.wait_stream(torch.cuda.default_stream(self.device))
             with _issue:
-                work = dist.irecv(tensor, peer, group=self.tensors)
+                work = dist.irecv(tensor, self._peer, group=self._group)
             self._finish(work)
         return tensor
 

@@ -17,8 +17,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from .carrier import Carrier
 from .channel import Inbox, Outbox
+from .introduction import Introduction
 from .message import Kind, Message, Note, TensorSpec, complete, decode, encode
 from .shared_memory import SharedMemory
 from .timeline import Recorder, Work
@@ -124,15 +124,14 @@ class HostInbox(Inbox):
 
 
 def meet_receiver(
-    carrier: Carrier, peer: int, recorder: Recorder, work: Work, lost: Lost
+    introduction: Introduction, recorder: Recorder, work: Work, lost: Lost
 ) -> HostOutbox | None:
     """The sender's half of finding out whether both are on one host; None if they are not.
 
     The receiver gives the address of a socket that only its own host can reach; the sender says
     there where a tensor lies that only its own host's processes can open.
     """
-    address = torch.zeros(2, dtype=torch.int64)
-    carrier.receive_host(address, peer)
+    address = torch.tensor(introduction.hear(2))
     memory, end = SharedMemory(), None
     try:
         if not address[0]:
@@ -142,10 +141,9 @@ def meet_receiver(
         note = memory.place(address)
     except (OSError, AttributeError):  # another host, or a system without such things
         note = Note(0, 0, 0, -1)
-    carrier.send_host(torch.tensor(note), peer)
-    answer = torch.zeros(1, dtype=torch.int64)
-    carrier.receive_host(answer, peer)
-    if end is None or not answer:
+    introduction.tell(*note)
+    (let_in,) = introduction.hear(1)
+    if end is None or not let_in:
         if end is not None:
             end.close()
         return None
@@ -153,7 +151,7 @@ def meet_receiver(
     return HostOutbox(end, memory, recorder, work, lost)
 
 
-def meet_sender(carrier: Carrier, peer: int, lost: Lost) -> HostInbox | None:
+def meet_sender(introduction: Introduction, lost: Lost) -> HostInbox | None:
     """The receiver's half."""
     address = torch.tensor([1 + secrets.randbits(60), secrets.randbits(60)])
     door = None
@@ -164,10 +162,8 @@ def meet_sender(carrier: Carrier, peer: int, lost: Lost) -> HostInbox | None:
         door.setblocking(False)
     except (OSError, AttributeError):
         address[0] = 0
-    carrier.send_host(address, peer)
-    where = torch.zeros(4, dtype=torch.int64)
-    carrier.receive_host(where, peer)
-    note, memory = Note(*where.tolist()), SharedMemory()
+    introduction.tell(*address.tolist())
+    note, memory = Note(*introduction.hear(4)), SharedMemory()
     end = None
     try:
         if door is None or note.slot < 0:
@@ -179,7 +175,7 @@ def meet_sender(carrier: Carrier, peer: int, lost: Lost) -> HostInbox | None:
         end.setblocking(False)
     except OSError:
         end = None
-    carrier.send_host(torch.tensor([int(end is not None)]), peer)
+    introduction.tell(end is not None)
     if door is not None:
         door.close()
     return HostInbox(end, memory, lost) if end is not None else None

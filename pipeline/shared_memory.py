@@ -1,8 +1,8 @@
 """Pass tensors of the CPU to another process of this host through memory that both map.
 
-gloo copies a tensor four times on its way over loopback, in threads that take the cores' time from
-the layers. Here the sender copies it once, into a free slot of a memory file, and the receiver's
-tensor is that slot; when the last view of it is gone, the slot is free again.
+Over loopback a tensor is copied into the system and out of it, in threads that take the cores' time
+from the layers. Here the sender copies it once, into a free slot of a memory file, and the
+receiver's tensor is that slot; when the last view of it is gone, the slot is free again.
 """
 
 import ctypes

@@ -4,36 +4,26 @@ What goes over one is the frame and then each large tensor, as everywhere (`mess
 drives each direction. A closed connection is told once, and harms nobody else.
 """
 
-import ctypes
 import socket
 import struct
 import threading
-import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from queue import Empty, SimpleQueue
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .channel import Inbox, Outbox
-from .message import Kind, Message, complete, decode, encode, frame_bytes
+from .message import Kind, Message, complete, decode, encode
 from .nest import to_device
+from .socket_bytes import CLOSED, fill, memory_of, read_frame
 
-__all__ = ["SocketInbox", "SocketOutbox", "dial", "greet", "listen"]
+__all__ = ["SocketInbox", "SocketOutbox"]
 
 RECEIVE_AHEAD = 4
 """Messages received before they are asked for."""
-
-GREETING = b"headrace weights"
-"""What a replica says first: others who find the port are shown the door."""
-
-PIECE = 1 << 20
-"""Bytes of a frame for which memory is taken at a time: it grows with what has come."""
-
-CLOSED = "its connection was closed"
 
 Lost = Callable[[Exception], None]
 
@@ -72,7 +62,7 @@ class SocketOutbox(threading.Thread, Outbox):
                 self._socket.sendall(frame)
                 for tensor in tensors:
                     whole = tensor.contiguous()
-                    self._socket.sendall(_memory(whole))
+                    self._socket.sendall(memory_of(whole))
         except OSError as error:
             self._lost(_why(error))
         else:
@@ -142,7 +132,7 @@ class SocketInbox(threading.Thread, Inbox):
             self._lost(_why(error))
 
     def _receive(self) -> Message:
-        message, structure, parts = decode(self._frame())
+        message, structure, parts = decode(read_frame(self._socket))
         size = sum(spec.bytes for spec, _ in parts)
         if self._most is not None and size > self._most:
             raise ValueError(
@@ -153,90 +143,13 @@ class SocketInbox(threading.Thread, Inbox):
             if part is None:
                 # The system gives memory to what is written, so to what has come.
                 part = torch.empty(spec.shape, dtype=spec.dtype)
-                self._fill(_memory(part))
+                fill(self._socket, memory_of(part))
             elif not isinstance(part, Tensor):
                 raise ValueError("a tensor that lies in another host's memory")
             tensors.append((spec, part))
         return complete(message, structure, tensors)
 
-    def _frame(self) -> bytearray:
-        frame = bytearray(8)
-        self._fill(memoryview(frame))
-        size = frame_bytes(frame)
-        while len(frame) < size:
-            piece = bytearray(min(PIECE, size - len(frame)))
-            self._fill(memoryview(piece))
-            frame += piece
-        return frame
-
-    def _fill(self, memory: memoryview) -> None:
-        while memory.nbytes:
-            got = self._socket.recv_into(memory)
-            if not got:
-                raise EOFError(CLOSED)
-            memory = memory[got:]
-
-
-def listen(host: str, port: int = 0) -> socket.socket:
-    """A door at this address; port 0 is any that is free.
-
-    Raises:
-        OSError: it cannot be had.
-    """
-    return socket.create_server((host, port), backlog=64)
-
-
-def dial(host: str, port: int, seconds: float) -> socket.socket:
-    """Knock at a server's door.
-
-    Raises:
-        OSError: nobody opens.
-    """
-    end = socket.create_connection((host, port), timeout=seconds)
-    end.settimeout(None)
-    end.sendall(GREETING)
-    return _prepared(end)
-
-
-def greet(end: socket.socket, seconds: float = 10.0) -> bool:
-    """Hear who has knocked: whether it is a replica. So many seconds, however it dawdles."""
-    deadline, heard = time.monotonic() + seconds, b""
-    with suppress(OSError, ValueError):  # a time-out that is over is a ValueError
-        while len(heard) < len(GREETING):
-            end.settimeout(deadline - time.monotonic())
-            more = end.recv(len(GREETING) - len(heard))
-            if not more:
-                break
-            heard += more
-        end.settimeout(None)
-        if heard == GREETING:
-            _prepared(end)
-            return True
-    end.close()
-    return False
-
-
-def _prepared(end: socket.socket) -> socket.socket:
-    """Send small messages at once; and find out when the other machine is gone without a word."""
-    options: list[tuple[int, Any, int]] = [
-        (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
-        (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
-    ]
-    for name, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3)):
-        if hasattr(socket, name):
-            options.append((socket.IPPROTO_TCP, getattr(socket, name), value))
-    for level, option, value in options:
-        end.setsockopt(level, option, value)
-    return end
-
 
 def _why(error: Exception) -> Exception:
     """What became of the other side, in words that do not depend on how much was under way."""
     return EOFError(CLOSED) if isinstance(error, ConnectionError) else error
-
-
-def _memory(tensor: Tensor) -> memoryview:
-    """A contiguous tensor's bytes."""
-    size = tensor.numel() * tensor.element_size()
-    array = (ctypes.c_char * size).from_address(tensor.data_ptr())
-    return memoryview(array).cast("B")

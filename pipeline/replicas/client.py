@@ -8,22 +8,26 @@ import torch
 from torch import Tensor
 
 from ..channel import Inbox, Outbox, Soon
+from ..door import dial, prepare
 from ..emulated_link import EmulatedLink
 from ..link import Link
 from ..message import Kind, Message
 from ..socket_channel import SocketInbox, SocketOutbox
 from .peers import Peers, Steps
-from .server import Server, Serves, beat_of, pack
+from .server import GREETING, PROBES, Server, Serves, beat_of, pack
 
 if TYPE_CHECKING:
     from ..engine import Engine
     from ..stage import Stage
     from ..watch import Watch
 
-__all__ = ["Client", "Connection"]
+__all__ = ["Client", "Connection", "knock"]
 
 BACKLOG = 16
 """Messages that may wait for a slow link before the stage waits too: bounds memory."""
+
+PATIENCE = 30.0
+"""Seconds for a server to open."""
 
 GOODBYE = 30.0
 
@@ -73,6 +77,17 @@ class Connection:
             while self._own.connected:
                 self._watch.idle(patient=False)
             self._own.close()
+
+
+def knock(host: str, port: int) -> socket.socket:
+    """Knock at a server's door.
+
+    Raises:
+        OSError: nobody opens.
+    """
+    end = dial(host, port, GREETING, PATIENCE)
+    prepare(end, PROBES)
+    return end
 
 
 class Client(Peers):

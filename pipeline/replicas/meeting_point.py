@@ -1,16 +1,11 @@
 """How a stage and the server of its weights find each other in one job: by the job's store."""
 
-import os
-import socket
-
-from ..socket_channel import dial
-from .client import Connection
+from ..address import own_address
+from .client import Connection, knock
 from .replicas import Meeting
 from .server import Checkpoint, Members, Server, Serves
 
-__all__ = ["meet_server", "offer", "own_address"]
-
-PATIENCE = 30.0
+__all__ = ["meet_server", "offer"]
 
 
 def offer(
@@ -40,34 +35,10 @@ def meet_server(meeting: Meeting, own: Server | None) -> Connection:
     host, port = watch.learn(f"server/{grid.stage}").split()
     rank = (grid.replicas if grid.servers else 0) * grid.stages + grid.stage
     return Connection(
-        dial(host, int(port), PATIENCE),
+        knock(host, int(port)),
         grid.replica,
         watch,
         lambda error: watch.lost(rank, RuntimeError(str(error))),
         meeting.emulated_link,
         own,
     )
-
-
-def own_address(toward: str | None = None) -> str:
-    """The address under which others reach this machine.
-
-    Args:
-        toward: a machine that they are as near to; None: where torchrun's ranks meet.
-    """
-    one_host = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
-    if toward is None and one_host:
-        return "127.0.0.1"  # nobody else has business here
-    found = _toward(toward or os.environ.get("MASTER_ADDR", "127.0.0.1"))
-    if toward is None and found.startswith("127."):
-        found = _toward("10.255.255.255")  # torchrun's host may know itself by its loopback
-    return found
-
-
-def _toward(host: str) -> str:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((host, 9))  # sends nothing
-            return str(probe.getsockname()[0])
-        except OSError:
-            return "127.0.0.1"

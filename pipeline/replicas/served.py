@@ -11,9 +11,8 @@ from ..errors import first_line
 from ..grid import Grid
 from ..partition import Partition
 from ..settings import Settings
-from ..socket_channel import dial
-from .client import Connection
-from .meeting_point import PATIENCE, meet_server, offer
+from .client import Connection, knock
+from .meeting_point import meet_server, offer
 from .rendezvous import Rendezvous, describe, split_address
 from .replicas import Meeting, Replicas
 from .server import Checkpoint, Members, Server
@@ -164,7 +163,7 @@ class Served(Replicas):
         host, port = split_address(json.loads(watch.learn("servers"))[stage])
         kept = "; it was told to keep checkpoints" if self.checkpoint else ""
         return Connection(
-            dial(host, port, PATIENCE),
+            knock(host, port),
             self._number,
             watch,
             lambda error: watch.fail(

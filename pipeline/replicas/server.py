@@ -7,9 +7,7 @@ lock, and what it did is the order in which they came.
 import os
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,20 +18,33 @@ import torch
 from torch import Tensor
 
 from ..channel import Outbox
+from ..door import Door, prepare
 from ..emulated_link import EmulatedLink
 from ..errors import first_line
 from ..link import Link
 from ..message import Kind, Message
 from ..report import ShardStatistics
-from ..socket_channel import SocketInbox, SocketOutbox, greet, listen
+from ..socket_channel import SocketInbox, SocketOutbox
 from .request import check_join, most_bytes, read_request
 
-__all__ = ["Checkpoint", "Members", "Server", "Serves", "beat_of", "pack"]
+__all__ = [
+    "GREETING",
+    "PROBES",
+    "Checkpoint",
+    "Members",
+    "Server",
+    "Serves",
+    "beat_of",
+    "pack",
+]
 
 GOODBYE = 10.0
 
-STRANGERS = 64
-"""Connections that have not said yet who they are; more wait at the door."""
+GREETING = b"headrace weights"
+"""What a replica says first: others who find the port are shown the door."""
+
+PROBES = 3
+"""Of the connection, half a minute in all: a replica that is gone without a word is missed then."""
 
 
 class Serves(Protocol):
@@ -168,16 +179,14 @@ class Server:
         self._link, self._checkpoint = emulated_link, checkpoint
         self._like = {n: t.to("meta") for n, t in shard.snapshot().items()}
         self.handled = self.settlings = 0
-        self._strangers, self._closing = threading.Semaphore(STRANGERS), False
-        self._door = listen(host, port)
-        self.port = int(self._door.getsockname()[1])
         self._queue: SimpleQueue[tuple[_Client, Exception | None] | None] = SimpleQueue()
         self._clients: list[_Client] = []
         self._saved_at = shard.version
         self._saving: threading.Thread | None = None
+        self._door = Door(self._welcome, GREETING, host, port)
+        self.port = self._door.port
         self._thread = threading.Thread(target=self._run, name="headrace-server", daemon=True)
         self._thread.start()
-        threading.Thread(target=self._open_door, name="headrace-door", daemon=True).start()
 
     @property
     def connected(self) -> int:
@@ -186,9 +195,6 @@ class Server:
 
     def close(self) -> None:
         """Finish what has come, write the last checkpoint, and part from all."""
-        self._closing = True
-        with suppress(OSError):
-            self._door.shutdown(socket.SHUT_RDWR)  # closing alone does not wake who waits there
         self._door.close()
         self._queue.put(None)
         self._thread.join(GOODBYE)
@@ -199,28 +205,8 @@ class Server:
 
     # Connections -------------------------------------------------------------------------------
 
-    def _open_door(self) -> None:
-        while True:
-            self._strangers.acquire()
-            try:
-                end, _ = self._door.accept()
-            except OSError:
-                self._strangers.release()
-                if self._closing:
-                    return
-                time.sleep(0.1)  # no file is left for one more, for now
-                continue
-            threading.Thread(target=self._greet, args=[end], daemon=True).start()
-
-    def _greet(self, end: socket.socket) -> None:
-        try:
-            known = greet(end)
-        finally:
-            self._strangers.release()
-        if known:
-            self._welcome(end)
-
     def _welcome(self, end: socket.socket) -> None:
+        prepare(end, PROBES)
         # Both call back from threads; who it is from is known by then.
         found: list[_Client] = []
         lost = lambda error: self._queue.put((found[0], error))  # noqa: E731

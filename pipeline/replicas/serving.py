@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from ..address import own_address
 from ..corrections import Correction
 from ..errors import InputError, first_line
 from ..grid import Grid
@@ -16,7 +17,6 @@ from ..report import ShardStatistics
 from ..settings import OptimizerFactory, SchedulerFactory, Settings
 from ..watch import Pulse, Watch
 from ..world import meet
-from .meeting_point import own_address
 from .rendezvous import Rendezvous, describe, split_address
 from .served import Served
 from .server import Members, Server

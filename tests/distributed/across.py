@@ -10,18 +10,31 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from headrace.models import emulated
 from headrace.pipeline import Pipeline
 from headrace.pipeline.rules import Delayed
 
 from ..pipeline.helpers import momentum
 from .failing import Plan, misfortune
 
-__all__ = ["PAYLOAD", "Trip", "train_among_files", "train_and_wait", "train_here", "train_twice"]
+__all__ = [
+    "PAYLOAD",
+    "Slack",
+    "Trip",
+    "measure_paces",
+    "train_among_files",
+    "train_and_wait",
+    "train_here",
+    "train_twice",
+]
 
 WIDTH, SAMPLES, BATCHES, EPOCHS = 64, 256, 20, 2
 
 PAYLOAD = SAMPLES * WIDTH * 4 * BATCHES * EPOCHS
 """Bytes of activations that pass each cut; of targets, and of gradients that come back, too."""
+
+
+Slack = int | Literal["auto"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +52,7 @@ class Trip:
     weights: dict[str, Tensor]
 
 
-def train(slack: int | Literal["auto"] = 1) -> Trip:
+def train(slack: Slack = 1) -> Trip:
     """Train, as many stages as ranks."""
     return _train(int(os.environ["WORLD_SIZE"]), slack)
 
@@ -73,7 +86,7 @@ def train_here(stages: int, slack: int) -> Trip:
     return _train(stages, slack, stages=stages)
 
 
-def _train(count: int, slack: int | Literal["auto"], **options: Any) -> Trip:
+def _train(count: int, slack: Slack, **options: Any) -> Trip:
     torch.manual_seed(7)
     layers: list[nn.Module] = []
     for _ in range(count):
@@ -94,3 +107,28 @@ def _train(count: int, slack: int | Literal["auto"], **options: Any) -> Trip:
         ways = links.to_downstream, links.to_upstream
         down, up = ["" if way is None else type(way).__name__ for way in ways]
         return Trip(socket.gethostname(), (down, up), losses, pipe.depths, pipe.state_dict())
+
+
+def measure_paces(
+    width: int, samples: int, slacks: list[Slack], batches: int
+) -> list[tuple[float, int]]:
+    """Two stages of 2 ms each; for each slack, seconds a micro-batch and the first one's depth."""
+    return [_measure_pace(width, samples, slack, batches) for slack in slacks]
+
+
+def _measure_pace(width: int, samples: int, slack: Slack, batches: int) -> tuple[float, int]:
+    loader = [(torch.randn(samples, width), torch.randn(samples, width))] * batches
+    with Pipeline(
+        emulated(layers=2, forward_ms=0.7, backward_ms=1.3, width=width),
+        nn.MSELoss(),
+        momentum,
+        balance=[1, 1],
+        rule=Delayed("stash"),
+        slack=slack,
+    ) as pipe:
+        pipe.train(loader)  # until it is warm, and `auto` has chosen
+        pipe.drain()
+        start = time.perf_counter()
+        pipe.train(loader)
+        pipe.drain()
+        return (time.perf_counter() - start) / batches, pipe.depths[0]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from headrace.models import emulated
 from headrace.pipeline import Link, Pipeline, Timeline
+from headrace.pipeline.between_hosts import TcpInbox, TcpOutbox
 from headrace.pipeline.message import Kind, Message
 from headrace.pipeline.rules import Delayed
 from headrace.pipeline.same_host import HostInbox, HostOutbox
@@ -64,7 +65,7 @@ def tune(latency: float) -> None:
 
 def watch_channels(slack: int) -> Account:
     """Train; when was each micro-batch's message sent and taken, on the host's clock, and how many
-    slots of memory were in use at most on the way down from here.
+    slots of memory were in use at most on the way down from here (between hosts there are none).
     """
     pipe, batches = build(slack=slack, rule=Delayed("stash"))
     with pipe:
@@ -74,9 +75,9 @@ def watch_channels(slack: int) -> Account:
         for name in ("from_upstream", "to_downstream", "from_downstream", "to_upstream"):
             channel = getattr(links, name)
             seen = times[name] = {}
-            if isinstance(channel, HostOutbox):
+            if isinstance(channel, HostOutbox | TcpOutbox):
                 channel.send = _noting_sends(channel, seen, slots)  # type: ignore[method-assign]
-            elif isinstance(channel, HostInbox):
+            elif isinstance(channel, HostInbox | TcpInbox):
                 channel.poll = _noting_takes(channel, seen)  # type: ignore[method-assign]
         for _ in range(4):
             pipe.train(batches)
@@ -86,7 +87,7 @@ def watch_channels(slack: int) -> Account:
 
 
 def _noting_sends(
-    outbox: HostOutbox, seen: dict[int, float], slots: list[int]
+    outbox: HostOutbox | TcpOutbox, seen: dict[int, float], slots: list[int]
 ) -> Callable[[Message], None]:
     send = outbox.send
 
@@ -94,13 +95,17 @@ def _noting_sends(
         if message.kind in (Kind.MICRO_BATCH, Kind.RESULT):
             seen[message.index] = time.perf_counter()
         send(message)
+        if isinstance(outbox, TcpOutbox):
+            return
         arenas = [a for a in outbox._memory._arenas.values() if a.slot_bytes >= 4 * WIDTH * SAMPLES]
         slots[0] = max(slots[0], sum(sum(arena.memory[:SLOTS]) for arena in arenas))
 
     return noting
 
 
-def _noting_takes(inbox: HostInbox, seen: dict[int, float]) -> Callable[[], Message | None]:
+def _noting_takes(
+    inbox: HostInbox | TcpInbox, seen: dict[int, float]
+) -> Callable[[], Message | None]:
     poll = inbox.poll
 
     def noting() -> Message | None:

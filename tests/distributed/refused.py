@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from headrace.pipeline import Pipeline
+from headrace.pipeline import Pipeline, between_hosts
+from headrace.pipeline.door import Door
 from headrace.pipeline.rules import Delayed, Exact
 
 from ..pipeline.helpers import momentum
 from .failing import batches
 
-__all__ = ["REFUSED", "refuse"]
+__all__ = ["REFUSED", "behind_a_firewall", "refuse"]
 
 
 def network(layers: int = 6) -> nn.Sequential:
@@ -148,3 +149,18 @@ REFUSED: dict[str, tuple[Callable[[], None], str]] = {
 
 def refuse(name: str) -> None:
     REFUSED[name][0]()
+
+
+class Unreachable(Door):
+    """It is shut before anybody has knocked: as a firewall would have it."""
+
+    def __init__(self, *how: Any) -> None:
+        super().__init__(*how)
+        self.close()
+
+
+def behind_a_firewall() -> None:
+    """What connects to the second rank is refused."""
+    if os.environ["RANK"] == "1":
+        between_hosts.Door = Unreachable  # type: ignore[misc]
+    build().close()

@@ -4,6 +4,7 @@ import re
 import signal
 import socket
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -54,15 +55,17 @@ def test_killed(killed: dict[str, Outcome], stage: int, moment: str) -> None:
     assert outcome.tracebacks == 0
 
 
-def test_killed_while_nobody_listens(launcher: Launcher) -> None:
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_killed_while_nobody_listens(launcher: Launcher, transport: str) -> None:
     """The others are in user code, in a long layer with full inboxes, or not yet connected."""
     plan = Plan("kill", 2, "forward")
+    start = partial(launcher.start, environment=TRANSPORTS[transport])
     jobs = [
-        launcher.start(at_rest, 3, plan),
-        launcher.start(busy_then_dead, 3, plan, 0),
-        launcher.start(busy_then_dead, 3, plan, 1),
-        launcher.start(while_connecting, 3, Plan("kill", 2, count=0)),
-        launcher.start(while_connecting, 3, Plan("kill", 2, count=3)),
+        start(at_rest, 3, plan),
+        start(busy_then_dead, 3, plan, 0),
+        start(busy_then_dead, 3, plan, 1),
+        start(while_connecting, 3, Plan("kill", 2, count=0)),
+        start(while_connecting, 3, Plan("kill", 2, count=3)),
     ]
     for job in jobs:
         expect_end(job.wait(), 2, -signal.SIGKILL, "is gone")
@@ -127,11 +130,13 @@ def await_end_of_others(job: Job, stage: int) -> tuple[Outcome, float]:
     return outcome, max(outcome.ended[rank] for rank in others) - start
 
 
+@pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("moment", ["in steady training", "in an evaluation", "between calls"])
-def test_stopped(launcher: Launcher, moment: str) -> None:
+def test_stopped(launcher: Launcher, moment: str, transport: str) -> None:
     """After three seconds without a sign of life, counted from the last one heard."""
     plans = [Plan("stop", stage, *MOMENTS[moment], timeout=(6, 3)) for stage in STAGES]
-    jobs = [launcher.start(misfortune, 3, plan) for plan in plans]
+    start = partial(launcher.start, environment=TRANSPORTS[transport])
+    jobs = [start(misfortune, 3, plan) for plan in plans]
     for stage, job in enumerate(jobs):
         outcome, seconds = await_end_of_others(job, stage)
         expect_end(outcome, stage, -signal.SIGKILL, r"has been silent for \d s", seconds=99)

@@ -18,7 +18,15 @@ from headrace.launch import train as train_command
 
 from ..launch.test_replicas import CONFIG
 from ..pipeline.helpers import assert_same
-from .across import PAYLOAD, Trip, train_among_files, train_and_wait, train_here, train_twice
+from .across import (
+    PAYLOAD,
+    Trip,
+    measure_paces,
+    train_among_files,
+    train_and_wait,
+    train_here,
+    train_twice,
+)
 from .failing import FLAG, Plan
 from .hosts import Host, Network, UnavailableError, connected, far_apart
 
@@ -165,7 +173,7 @@ def test_the_numbers_are_those_of_one_process(voyage: Voyage) -> None:
 
 
 def test_memory_is_shared_within_a_host_alone(voyage: Voyage) -> None:
-    near, far = "HostOutbox", "_Sender"
+    near, far = "HostOutbox", "TcpOutbox"
     ways = [(near, ""), (far, near), (far, far), ("", far)]
     assert [trip.links for trip in voyage.trips] == ways
     # Downwards go activations and, beside them, targets; upwards go gradients.
@@ -210,6 +218,23 @@ def test_a_slow_cable(tmp_path: Path) -> None:
     assert_same(chosen[0].weights, chosen[1].weights)
 
 
+def test_slack_hides_what_a_cable_takes(tmp_path: Path) -> None:
+    """Large messages, each of whose tensors would take gloo a round trip, whatever is in flight.
+
+    At slack 0 a micro-batch takes at least as long as the cable one way; at slack 16, when 17 share
+    a round trip, a few milliseconds: a busy machine, too, stays below half.
+    """
+    delay = 0.05
+    with having(far_apart(delay, tmp_path)) as network:
+        starts = torchrun(network.hosts, [1, 1], tmp_path, measure_paces, 256, 64, [0, 16], 40)
+        with running(starts) as processes:
+            finish(processes)
+    for (waits, _), (hides, depth) in results(tmp_path, 2):
+        print(f"ms a micro-batch: slack 0 {1000 * waits:.1f}, slack 16 {1000 * hides:.1f}")
+        assert depth in (17, 0)
+        assert waits > delay and 2 * hides < waits
+
+
 def test_containers_that_share_a_network(tmp_path: Path) -> None:
     """Their processes have the same numbers: neither opens what it takes for the other's memory."""
     clutter = tmp_path / "clutter"
@@ -229,7 +254,7 @@ def test_containers_that_share_a_network(tmp_path: Path) -> None:
             finish(processes)
     assert clutter.read_bytes() == b"\xff" * 1_000_000
     trips = results(tmp_path, 2)
-    assert [trip.links for trip in trips] == [("_Sender", ""), ("", "_Sender")]
+    assert [trip.links for trip in trips] == [("TcpOutbox", ""), ("", "TcpOutbox")]
     assert_same_as_one_process(trips)
 
 

@@ -3,16 +3,19 @@
 import pytest
 
 from ..properties.listening import tell_where_we_listen
-from .ranks import Launcher
+from .ranks import TRANSPORTS, Launcher
 
 pytestmark = pytest.mark.timeout(90)
 
 
-def test_one_host_listens_on_its_loopback(launcher: Launcher) -> None:
-    """All but torchrun's own store, which the launcher keeps here in its place."""
-    outcome = launcher.run(tell_where_we_listen, 2, None)
-    outcome.expect(0, 0)
-    (first, samples), (second, _) = outcome.results
-    assert samples > 0
-    assert first and second, "the server's door, and gloo's"
-    assert {host for host, _ in first + second} == {"127.0.0.1"}
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_one_host_listens_on_its_loopback(launcher: Launcher, transport: str) -> None:
+    """All but torchrun's own store, which the launcher keeps here in its place. The doors at which
+    neighbours met are closed.
+    """
+    outcome = launcher.run(tell_where_we_listen, 4, environment=TRANSPORTS[transport])
+    outcome.expect(0, 0, 0, 0)
+    where = [addresses for addresses, _ in outcome.results]
+    assert {host for addresses in where for host, _ in addresses} == {"127.0.0.1"}
+    assert [len(addresses) for addresses in where] == [2, 2, 1, 1], "gloo's, and a server's door"
+    assert all(samples > 0 for _, samples in outcome.results)

@@ -5,8 +5,8 @@ import socket
 
 import pytest
 
-from .ranks import Launcher, Outcome
-from .refused import REFUSED, refuse
+from .ranks import TRANSPORTS, Launcher, Outcome
+from .refused import REFUSED, behind_a_firewall, refuse
 from .scripts import end_without_close
 
 pytestmark = pytest.mark.timeout(120)
@@ -36,5 +36,16 @@ def test_port_in_use(launcher: Launcher) -> None:
     outcome.expect(2)
     assert re.match(
         f"headrace: the ranks cannot meet at 127.0.0.1:{port}: .*in use", outcome.report
+    )
+    assert outcome.tracebacks == 0
+
+
+def test_a_port_that_cannot_be_reached(launcher: Launcher) -> None:
+    outcome = launcher.run(behind_a_firewall, 2, environment=TRANSPORTS["hosts apart"])
+    outcome.expect(2, 2)
+    assert re.match(
+        r"headrace: rank 0 cannot reach rank 1 on \S+, at 127\.0\.0\.1 port \d+: "
+        "Connection refused; between a job's hosts open all TCP ports",
+        outcome.report,
     )
     assert outcome.tracebacks == 0

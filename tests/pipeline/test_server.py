@@ -24,13 +24,14 @@ from headrace.pipeline.corrections import DelayCompensation
 from headrace.pipeline.link import Link
 from headrace.pipeline.message import Kind, Message, encode
 from headrace.pipeline.nest import leaves
+from headrace.pipeline.replicas.client import knock
 from headrace.pipeline.replicas.elastic import Centre
 from headrace.pipeline.replicas.request import unpack
 from headrace.pipeline.replicas.server import Checkpoint, Members, Server, Serves, pack
 from headrace.pipeline.replicas.shard import Protocol, Shard
 from headrace.pipeline.report import ShardStatistics
 from headrace.pipeline.settings import Settings
-from headrace.pipeline.socket_channel import SocketInbox, SocketOutbox, dial
+from headrace.pipeline.socket_channel import SocketInbox, SocketOutbox
 
 PATIENCE = 20.0
 """Seconds after which a test fails; none waits that long otherwise."""
@@ -74,7 +75,7 @@ class Replica:
 
     def __init__(self, port: int, number: int) -> None:
         self.number = number
-        self.socket = dial("127.0.0.1", port, PATIENCE)
+        self.socket = knock("127.0.0.1", port)
         self.there = threading.Semaphore(0)
         self.lost: queue.Queue[Exception] = queue.Queue()
         self.outbox = SocketOutbox(self.socket, self.lost.put)

@@ -5,7 +5,6 @@ import socket
 import struct
 import threading
 from collections.abc import Iterator
-from contextlib import suppress
 
 import pytest
 import torch
@@ -13,15 +12,7 @@ from torch import Tensor
 
 from headrace.pipeline.message import SMALL, Kind, Message, encode
 from headrace.pipeline.nest import Nest, flatten, leaves
-from headrace.pipeline.socket_channel import (
-    GREETING,
-    RECEIVE_AHEAD,
-    SocketInbox,
-    SocketOutbox,
-    dial,
-    greet,
-    listen,
-)
+from headrace.pipeline.socket_channel import RECEIVE_AHEAD, SocketInbox, SocketOutbox
 
 PATIENCE = 20.0
 """Seconds after which a test fails; none waits that long otherwise."""
@@ -210,89 +201,6 @@ def test_a_frame_that_is_none_is_told_as_a_loss(name: str) -> None:
     assert end.lost.qsize() == 1 and end.inbox.poll() is None
     near.close()
     far.close()
-
-
-# The door ---------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def door() -> Iterator[socket.socket]:
-    with listen("127.0.0.1") as opened:
-        yield opened
-
-
-def test_who_greets_is_let_in(door: socket.socket) -> None:
-    near = dial("127.0.0.1", door.getsockname()[1], PATIENCE)
-    far, _ = door.accept()
-    assert greet(far, PATIENCE)
-    one, other = End(near), End(far)
-    one.outbox.send(Message(Kind.JOIN, numbers=(3.0,), body=body()))
-    got = other.hear()
-    assert (got.kind, got.numbers) == (Kind.JOIN, (3.0,))
-    assert_same(got.body, body())
-    for each in (near, far):
-        assert each.gettimeout() is None
-        assert each.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
-        assert each.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
-        each.shutdown(socket.SHUT_RDWR)
-    for end in (one, other):
-        end.inbox.join(PATIENCE)
-        end.socket.close()
-
-
-class Trickle(socket.socket):
-    """What it receives comes three bytes at a time."""
-
-    def recv(self, size: int, flags: int = 0) -> bytes:
-        return super().recv(min(size, 3), flags)
-
-
-def test_a_greeting_may_come_in_pieces(door: socket.socket) -> None:
-    near = dial("127.0.0.1", door.getsockname()[1], PATIENCE)
-    near.sendall(b"more")
-    far, _ = door.accept()
-    with near, Trickle(fileno=far.detach()) as slow:
-        assert greet(slow, PATIENCE)
-        assert slow.recv(3) == b"mor", "nothing after it is read"
-
-
-@pytest.mark.parametrize(
-    "said", [b"GET / HTTP/1.1\r\n\r\n", b"", GREETING[:-1], GREETING[:-1] + b"?"], ids=str
-)
-def test_who_does_not_is_shown_the_door(door: socket.socket, said: bytes) -> None:
-    stranger = socket.create_connection(door.getsockname(), timeout=PATIENCE)
-    far, _ = door.accept()
-    stranger.sendall(said)
-    stranger.shutdown(socket.SHUT_WR)
-    assert not greet(far, PATIENCE)
-    assert far.fileno() == -1
-    with suppress(ConnectionResetError):  # it was closed before all was read
-        assert stranger.recv(1) == b""
-    stranger.close()
-
-
-def test_who_says_nothing_is_shown_the_door_in_the_end(door: socket.socket) -> None:
-    with socket.create_connection(door.getsockname(), timeout=PATIENCE) as stranger:
-        far, _ = door.accept()
-        assert not greet(far, 0.01)
-        assert stranger.recv(1) == b""
-
-
-def test_nobody_opens() -> None:
-    with listen("127.0.0.1") as door:
-        port = door.getsockname()[1]
-    with pytest.raises(OSError):
-        dial("127.0.0.1", port, PATIENCE)
-
-
-def test_a_door_is_where_it_was_asked_for() -> None:
-    with listen("127.0.0.1") as free:
-        port = free.getsockname()[1]
-        assert free.getsockname()[0] == "127.0.0.1"
-        with pytest.raises(OSError):
-            listen("127.0.0.1", port)
-    with listen("127.0.0.1", port) as again:
-        assert again.getsockname()[1] == port
 
 
 def floats(tensor: Tensor) -> list[float]:

@@ -34,17 +34,17 @@ def _is_open(fd: str) -> bool:
     return os.path.islink(f"/proc/self/fd/{fd}")
 
 
-def tell_where_we_listen(_: None) -> Any:
-    """Train two replicas with a parameter server, and look while all is at work."""
+def tell_where_we_listen() -> Any:
+    """Train two replicas of two stages with parameter servers, and look while all is at work."""
     os.environ.pop("GLOO_SOCKET_IFNAME", None)  # as a user has it, and not the tests
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    batches = [(torch.ones(2, 4), torch.ones(2, 4))] * 3
+    batches = [(torch.ones(2, 4), torch.ones(2, 4))] * 12
     with Pipeline(
         model,
         nn.MSELoss(),
         lambda parameters: torch.optim.SGD(parameters, lr=0.01),
-        stages=1,
+        stages=2,
         replicas=Downpour(2, beside=True),
     ) as pipe:
         report = pipe.train(batches)

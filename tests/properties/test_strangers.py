@@ -17,14 +17,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from headrace.pipeline import door as door_module
+from headrace.pipeline.door import greet, listen
 from headrace.pipeline.errors import InputError
 from headrace.pipeline.message import LONGEST_FRAME, Kind, Message, Note, encode
-from headrace.pipeline.replicas import server as server_module
 from headrace.pipeline.replicas.elastic import Centre
-from headrace.pipeline.replicas.meeting_point import own_address
 from headrace.pipeline.replicas.rendezvous import Rendezvous
 from headrace.pipeline.replicas.request import check_join, most_bytes, read_request, unpack
-from headrace.pipeline.socket_channel import GREETING, SocketInbox, greet, listen
+from headrace.pipeline.replicas.server import GREETING
+from headrace.pipeline.socket_channel import SocketInbox
 
 from ..distributed.ranks import free_port
 from ..pipeline.test_server import (
@@ -312,7 +313,7 @@ def test_too_many_files_do_not_shut_the_door(
     def exhausted(host: str, port: int) -> socket.socket:
         return Exhausted(fileno=listen(host, port).detach())
 
-    monkeypatch.setattr(server_module, "listen", exhausted)
+    monkeypatch.setattr(door_module, "listen", exhausted)
     place = open_server(make_shard(), {0, 1})
     (first,) = place.meet(0)
     assert_same(first.fetch(), start_weights())
@@ -331,7 +332,7 @@ def test_a_greeting_has_so_many_seconds_in_all() -> None:
     thread = threading.Thread(target=dawdle)
     thread.start()
     start = time.monotonic()
-    assert not greet(far, 0.5)
+    assert not greet(far, GREETING, 0.5)
     assert 0.4 < time.monotonic() - start < 2.5 and far.fileno() == -1
     thread.join(PATIENCE)
     near.close()
@@ -369,12 +370,3 @@ def test_a_port_that_is_taken_is_named() -> None:
         address = f"127.0.0.1:{other.getsockname()[1]}"
         with pytest.raises(InputError, match=f"cannot keep their store at {address}: .*in use"):
             Rendezvous(address, lambda: None, keeps=True, patience=5)
-
-
-def test_the_server_of_one_host_is_at_its_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torchrun without --standalone says the host's name, at whose address others can knock."""
-    monkeypatch.setenv("MASTER_ADDR", "192.0.2.1")
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert own_address() == "127.0.0.1"
-    assert own_address("127.0.0.1") == "127.0.0.1"
