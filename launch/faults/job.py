@@ -147,7 +147,7 @@ class Job:
 
     def name(self, rank: int) -> str:
         """What to call a rank in an account."""
-        return self.grid.names[rank].rpartition(" (")[0]
+        return re.sub(r" of \d+| \(.*", "", self.grid.names[rank])
 
     # What is seen of it ------------------------------------------------------------------------
 
