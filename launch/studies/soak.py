@@ -49,6 +49,9 @@ EVALUATE_EVERY = 4
 KEEP = 2
 """Checkpoints: from the third on, each removes one."""
 
+LINGERING = 5.0
+"""Seconds for which a thread that is more than usual may be one that has ended."""
+
 LEAST = 10
 """Samples that a trend needs."""
 
@@ -99,6 +102,7 @@ def soak(
     """
     gc.freeze()
     stream, test = _data()
+    usual = sys.maxsize
     found = torch.empty(micro_batches // every, Sample.WIDTH, dtype=torch.float64)
     with _pipeline(processes() or 1, micro_batches, device) as pipe:
         for k in range(len(found)):
@@ -106,18 +110,27 @@ def soak(
                 pipe.evaluate(test, {"accuracy": accuracy})
             processor, wall = time.process_time(), time.perf_counter()
             pipe.train(islice(stream, every), log=log, checkpoints=checkpoints)
-            _await_writer()
+            _await_writer(usual)
             processor, wall = time.process_time() - processor, time.perf_counter() - wall
             sample = take((k + 1) * every, processor / every, wall / every)
             found[k] = torch.tensor(sample.numbers(), dtype=found.dtype)
+            usual = min(usual, sample.threads)
         return found, pipe.evaluate(test, {"accuracy": accuracy})
 
 
-def _await_writer() -> None:
-    """A checkpoint that is being written has a thread and files of its own, for as long as that."""
+def _await_writer(usual: int) -> None:
+    """A checkpoint that is being written has a thread and files of its own, while it is, and
+    a busy system keeps a thread that has ended for a moment more.
+
+    Args:
+        usual: number of threads, as far as is known.
+    """
     for thread in threading.enumerate():
         if thread.name == "headrace-saver":
             thread.join()
+    end = time.monotonic() + LINGERING
+    while len(os.listdir("/proc/self/task")) > usual and time.monotonic() < end:
+        time.sleep(0.01)
 
 
 def _gather(found: Tensor) -> list[list[Sample]]:
