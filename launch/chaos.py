@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 
 from .faults.disk import can_mount
-from .faults.plan import IN_A_JOB, KINDS, draw
+from .faults.plan import IN_A_JOB, KINDS, ORDER, draw
 from .faults.table import table
 from .faults.trials import Trials
 from .faults.workload import WORKLOADS
@@ -73,7 +73,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--stages", type=int, default=3, help="of each job (3)")
     parser.add_argument("--kinds", default=",".join(KINDS), help=f"of {', '.join(KINDS)} (all)")
     parser.add_argument(
-        "--jobs", default=",".join(WORKLOADS), help=f"of {', '.join(WORKLOADS)} (all)"
+        "--jobs", default=",".join(ORDER), help=f"in turn, of {', '.join(WORKLOADS)} (all)"
     )
     parser.add_argument(
         "--in-a-job", type=int, default=IN_A_JOB, help=f"at most so many faults ({IN_A_JOB})"

@@ -1,7 +1,7 @@
 """Which faults, when and to which jobs: drawn from a seed, the same for the same arguments."""
 
 import random
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from .damage import Cut, Delete, Flip, NoManifest, Partial
@@ -14,7 +14,7 @@ from .poison import Poison, PoisonGradient
 from .preempt import Preempt
 from .workload import EVERY, POISONED, WORKLOADS
 
-__all__ = ["KINDS", "Trial", "draw"]
+__all__ = ["KINDS", "ORDER", "Trial", "draw"]
 
 KINDS: dict[str, tuple[type[Fault], int]] = {
     "kill": (Kill, 8),
@@ -40,10 +40,10 @@ KINDS: dict[str, tuple[type[Fault], int]] = {
 each; those with none open a job of their own, of the same name."""
 
 IN_A_JOB = 6
-ORDER = [
+ORDER = (
     *("1f1b", "allreduce", "stream", "downpour", "nan", "1f1b"),
     *("stream", "gradient", "allreduce", "full", "downpour"),
-]
+)
 STARTING = 0.25
 """The share of faults that come while ranks start, of those that can."""
 
@@ -62,19 +62,20 @@ def draw(
     seed: int,
     kinds: Collection[str] = tuple(KINDS),
     most: int = IN_A_JOB,
-    jobs: Collection[str] = tuple(WORKLOADS),
+    jobs: Sequence[str] = ORDER,
 ) -> Iterator[Trial]:
-    """So many faults, in those jobs that these kinds of faults are for.
+    """So many faults, in jobs that these kinds of faults are for.
 
     Args:
         most: faults in a job.
+        jobs: which, in turn, and again.
 
     Raises:
         ValueError: there is no such job.
     """
     draws = random.Random(seed)
     poisoned = draws.choice(POISONED)
-    workloads = [name for name in ORDER if name in jobs and _opens(name, kinds)]
+    workloads = [name for name in jobs if _opens(name, kinds)]
     if not workloads:
         raise ValueError(f"no job of {','.join(jobs)} is one for {','.join(kinds)}")
     bags: dict[str, list[type[Fault]]] = {}

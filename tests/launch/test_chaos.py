@@ -19,23 +19,23 @@ from headrace.launch.faults.plan import KINDS, draw
 from headrace.launch.faults.verdict import check
 from headrace.launch.faults.workload import WORKLOADS
 
-SIX = ("kill", "two", "pause", "preempt", "cut", "gradient")
+FOUR = ("gradient", "kill", "pause", "cut")
 
 
 @pytest.mark.timeout(180)
-def test_six_faults(tmp_path: Path) -> None:
+def test_four_faults(tmp_path: Path) -> None:
     """Each is survived, and the weights at the end are those of the undisturbed run."""
-    command = [sys.executable, "-m", "headrace.launch.chaos", "--faults", "6", "--stages", "2"]
-    command += ["--seed", "41", "--jobs", "1f1b,gradient", "--in-a-job", "5"]
-    command += ["--kinds", ",".join(SIX), "--folder", str(tmp_path / "chaos")]
+    command = [sys.executable, "-m", "headrace.launch.chaos", "--faults", "4", "--stages", "2"]
+    command += ["--seed", "41", "--jobs", "gradient"]
+    command += ["--kinds", ",".join(FOUR), "--folder", str(tmp_path / "chaos")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=170, env=os.environ)
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads((tmp_path / "chaos/results.json").read_text())
     assert results["lost"] == [] and results["seed"] == 41
-    names = {KINDS[kind][0].name for kind in SIX}
+    names = {KINDS[kind][0].name for kind in FOUR}
     assert Counter(row["what"] for row in results["faults"]) == Counter(names)
-    assert done.stdout.count("came to its end: as undisturbed") == 2
-    assert "| all, in 2 jobs" in done.stdout
+    assert done.stdout.count("came to its end: as undisturbed") == 1
+    assert "| all, in 1 jobs" in done.stdout
     assert [path.name for path in (tmp_path / "chaos").iterdir()] == ["results.json"]
 
 
