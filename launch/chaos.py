@@ -1,6 +1,6 @@
 """Do to real jobs what machines do to them, until so many faults are survived.
 
-python -m headrace.launch.chaos [--faults 100] [--seed 0] [--stages 3] [--kinds kill,pause,…]
+python -m headrace.launch.chaos [--faults 100] [--seed 0] [--kinds kill,…] [--jobs stream,…]
 """
 
 import argparse
@@ -14,9 +14,10 @@ from pathlib import Path
 from types import FrameType
 
 from .faults.disk import can_mount
-from .faults.plan import IN_A_JOB, KINDS, draw
+from .faults.plan import IN_A_JOB, KINDS, ORDER, draw
 from .faults.table import table
 from .faults.trials import Trials
+from .faults.workload import WORKLOADS
 from .ranks import refuse
 from .run_files import new_folder
 
@@ -32,10 +33,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if "full" in kinds and (why := can_mount(folder / "disk")):
         print(f"no fault fills the disk: {why}", flush=True)
         kinds.remove("full")
+    jobs = options.jobs.split(",")
+    try:
+        trials_to_play = [*draw(options.faults, options.seed, kinds, options.in_a_job, jobs)]
+    except ValueError as error:
+        refuse(f"--jobs and --kinds: {error}")
     trials = Trials(folder.absolute(), options.stages, lambda line: print(line, flush=True))
     begin = time.monotonic()
     try:
-        for trial in draw(options.faults, options.seed, kinds, options.in_a_job):
+        for trial in trials_to_play:
             trials.play(trial)
     finally:
         seconds = time.monotonic() - begin
@@ -67,6 +73,9 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--stages", type=int, default=3, help="of each job (3)")
     parser.add_argument("--kinds", default=",".join(KINDS), help=f"of {', '.join(KINDS)} (all)")
     parser.add_argument(
+        "--jobs", default=",".join(ORDER), help=f"in turn, of {', '.join(WORKLOADS)} (all)"
+    )
+    parser.add_argument(
         "--in-a-job", type=int, default=IN_A_JOB, help=f"at most so many faults ({IN_A_JOB})"
     )
     parser.add_argument("--folder", default="runs/chaos", help="to write into (runs/chaos)")
@@ -77,9 +86,9 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         if value < least or (most is not None and value > most):
             upto = "" if most is None else f" and at most {most}"
             refuse(f"--{name.replace('_', '-')} {value}: give at least {least}{upto}")
-    unknown = [kind for kind in options.kinds.split(",") if kind not in KINDS]
-    if unknown:
-        refuse(f"--kinds {','.join(unknown)}: give some of {', '.join(KINDS)}")
+    for name, known in (("kinds", [*KINDS]), ("jobs", [*WORKLOADS])):
+        if unknown := [each for each in getattr(options, name).split(",") if each not in known]:
+            refuse(f"--{name} {','.join(unknown)}: give some of {', '.join(known)}")
     return options
 
 

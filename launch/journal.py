@@ -48,7 +48,8 @@ class Journal:
         assert pipe.partition is not None
         self._config, self._partition = config, pipe.partition
         done = pipe.notes.get("journal", {})
-        self._files = RunFiles(folder, to_yaml(config), pipe.position.samples)
+        begun = pipe.position
+        self._files = RunFiles(folder, to_yaml(config), begun.samples, begun.epochs)
         self._out = console()
         where = " in one process" if processes() is None else ""
         self._replicas, self._replica = pipe.replicas, pipe.replica

@@ -22,13 +22,14 @@ class RunFiles:
     Args:
         folder: of `new_folder`, or of a run that is gone on with.
         config: its resolved configuration, as YAML.
-        samples: trained on before this start; what metrics.jsonl says of later ones is dropped.
+        samples, epochs: trained on, and over, before this start; what metrics.jsonl says of later
+            ones is dropped.
     """
 
-    def __init__(self, folder: Path, config: str, samples: int = 0) -> None:
+    def __init__(self, folder: Path, config: str, samples: int = 0, epochs: int = 0) -> None:
         self.folder = folder
         (folder / "config.yaml").write_text(config, encoding="utf-8")
-        _drop_later(folder / "metrics.jsonl", samples)
+        _drop_later(folder / "metrics.jsonl", samples, epochs)
         self._metrics = (folder / "metrics.jsonl").open("a", encoding="utf-8")
         self._board = _tensorboard(folder, samples)
 
@@ -124,20 +125,26 @@ def _unwritable(folder: Path, why: str) -> InputError:
     )
 
 
-def _drop_later(metrics: Path, samples: int) -> None:
+def _drop_later(metrics: Path, samples: int, epochs: int) -> None:
     """Keep of an earlier start's lines those up to the place that is gone on from."""
     if not metrics.exists():
         return
     lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = [line for line in lines if _step(line) <= samples]
+    kept = [line for line in lines if _is_before(line, samples, epochs)]
     _replace(metrics, lambda path: path.write_text("".join(kept), encoding="utf-8"))
 
 
-def _step(line: str) -> float:
+def _is_before(line: str, samples: int, epochs: int) -> bool:
+    """Whether a line will not be written again. A place after an epoch's last sample may be one
+    before its end, and what tells of a run's end is told when it ends.
+    """
     try:
-        return float(json.loads(line)["step"])
+        told = json.loads(line)
+        if told["event"] == "epoch":
+            return bool(told["epoch"] <= epochs)
+        return bool(told["event"] == "progress" and told["step"] <= samples)
     except (ValueError, KeyError, TypeError):  # cut short when its writer died
-        return math.inf
+        return False
 
 
 def _tensorboard(folder: Path, samples: int) -> Any:

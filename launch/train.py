@@ -101,9 +101,10 @@ def _run(config: Config, data: _Data, pipe: Pipeline, beginning: Beginning) -> N
         while pipe.position.epochs < config.epochs:
             epoch = pipe.position.epochs + 1
             log = partial(journal.progress, epoch) if journal else None
-            report = pipe.train(data.train, log=log, log_every=config.log_every, checkpoints=plan)
-            if journal:
-                journal.epoch(epoch, report)
+            at_end = partial(journal.epoch, epoch) if journal else None
+            pipe.train(
+                data.train, log=log, log_every=config.log_every, checkpoints=plan, at_end=at_end
+            )
         if plan is not None and plan.every is not None:  # else it is saved
             pipe.save(plan.path(pipe.position), plan.keep)
         scores = pipe.evaluate(data.test, make_metrics(config)) if data.test is not None else {}

@@ -279,6 +279,7 @@ class Pipeline:
         log: Callable[[Progress], None] | None = None,
         log_every: int = 50,
         checkpoints: Checkpoints | None = None,
+        at_end: Callable[[Report], None] | None = None,
     ) -> Report:
         """Train on a loader once.
 
@@ -293,6 +294,8 @@ class Pipeline:
             checkpoints: where to save, and when. A SIGTERM then ends the call at the next
                 mini-batch, saves, and leaves with exit code 0. After `load` the first call goes on
                 where the checkpoint was made, in the middle of the loader if need be.
+            at_end: called with the report, unless a SIGTERM ended the call, before the checkpoint
+                of the call's end is made, which has what was put into `notes` then.
 
         Raises:
             SystemExit: 0, after a SIGTERM.
@@ -323,6 +326,8 @@ class Pipeline:
             report, ended = self._train(messages, checkpoints)
         if ended is Ended.OVER:
             self._course.end()
+            if at_end is not None:
+                at_end(report)
         if checkpoints and (ended is Ended.STOPPED or checkpoints.every is None):
             self._save(checkpoints.path(self.position), checkpoints.keep)
             self._keeper.wait()

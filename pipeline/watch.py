@@ -148,6 +148,10 @@ class Watch:
         """Tell all ranks something."""
         self._store.set(key, text)
 
+    def forget(self, key: str) -> None:
+        """Take back what was told with `share`, once all have learned it."""
+        self._store.delete_key(key)
+
     def learn(self, key: str, seconds: float = math.inf) -> str:
         """Wait for what another rank tells with `share`.
 

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from .job import Job
 from .processes import Worker
+from .workload import Workload
 
 __all__ = ["Fault", "Moment"]
 
@@ -43,14 +44,17 @@ class Fault(ABC):
     name: ClassVar[str]
     while_starting: ClassVar[bool] = True
     """Whether it can come while ranks start."""
-    moves_drain: ClassVar[bool] = False
-    """Whether it saves where an undisturbed run does not."""
     opens: ClassVar[tuple[str, ...] | None] = None
     """Of a fault that a job begins with, which torchrun must not restart: options of that start."""
 
     def __init__(self, draws: random.Random, moment: Moment) -> None:
         self.draws, self.moment = draws, moment
         self.whose = ""
+
+    @classmethod
+    def suits(cls, workload: Workload) -> bool:
+        """Whether it can come to such a job."""
+        return True
 
     @property
     def when(self) -> str:

@@ -1,4 +1,4 @@
-"""SIGSTOP to a stage: for a moment, for too long, or for good."""
+"""SIGSTOP to a rank: for a moment, again and again, for too long, or for good."""
 
 import os
 import signal
@@ -10,7 +10,7 @@ from .job import Job, LostError
 from .processes import Worker
 from .workload import SILENCE
 
-__all__ = ["Halt", "HaltForGood", "Pause"]
+__all__ = ["Delay", "Halt", "HaltForGood", "Pause"]
 
 SILENT = r"has been silent for \d+ s|no stage has made progress for \d+ s"
 
@@ -22,16 +22,41 @@ class Pause(Fault):
 
     def strike(self, job: Job, ranks: Mapping[int, Worker]) -> str:
         rank = self.draws.choice(sorted(ranks))
-        seconds = self.draws.uniform(0.05, SILENCE / 3)
-        self.whose = f"stage {rank}, {seconds:.1f} s"
         since = job.place()
-        os.kill(ranks[rank].process, signal.SIGSTOP)
-        time.sleep(seconds)
-        os.kill(ranks[rank].process, signal.SIGCONT)
+        what = self.hold(ranks[rank].process)
+        self.whose = f"{job.name(rank)}, {what}"
         time.sleep(0.3)
         if job.reports(since) or (job.code is None and _starts(job) > ranks[0].start):
             raise LostError(f"it was not withstood: {job.reports(since) or 'a restart'}")
         return "went on"
+
+    def hold(self, process: int) -> str:
+        """Stop it and let it go; how, in words."""
+        seconds = self.draws.uniform(0.05, SILENCE / 3)
+        _stop(process, seconds)
+        return f"{seconds:.1f} s"
+
+
+class Delay(Pause):
+    """Have a stage run now and then only, as on a machine that others use, too."""
+
+    name = "delay a stage"
+
+    def hold(self, process: int) -> str:
+        share, rounds = self.draws.uniform(0.1, 0.5), 20
+        for _ in range(rounds):
+            length = self.draws.uniform(0.05, 0.25)
+            _stop(process, (1 - share) * length)
+            time.sleep(share * length)
+        return f"{share:.0%} of its time, {rounds} times"
+
+
+def _stop(process: int, seconds: float) -> None:
+    os.kill(process, signal.SIGSTOP)
+    try:
+        time.sleep(seconds)
+    finally:
+        os.kill(process, signal.SIGCONT)
 
 
 def _starts(job: Job) -> int:
@@ -47,13 +72,13 @@ class Halt(Fault):
 
     def strike(self, job: Job, ranks: Mapping[int, Worker]) -> str:
         rank = self.draws.choice(sorted(ranks))
-        self.whose = f"stage {rank}"
+        self.whose = job.name(rank)
         since = job.place()
         os.kill(ranks[rank].process, signal.SIGSTOP)
         job.wait(lambda: job.reports(since) or None, "report of a stage that is silent", 60)
         line = job.expect(SILENT, since)
-        if "silent" in line and f"stage {rank} of" not in line:
-            raise LostError(f"stage {rank} was stopped, and the report says {line!r}")
+        if "silent" in line and job.grid.names[rank] not in line:
+            raise LostError(f"{self.whose} was stopped, and the report says {line!r}")
         if self.returns:
             time.sleep(1.0)
             os.kill(ranks[rank].process, signal.SIGCONT)

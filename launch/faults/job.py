@@ -34,7 +34,8 @@ class Job:
 
     Args:
         folder: of its own, in which the run is in runs/job.
-        poisoned: an item of the data that has a NaN.
+        stages: of a pipeline; where there are replicas they have their own number.
+        poisoned: an item of the data that a NaN comes of.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class Job:
         pace: float = 0.0,
         poisoned: int | None = None,
     ) -> None:
-        self.folder, self.workload, self.stages = folder, workload, stages
+        self.folder, self.workload, self.grid = folder, workload, workload.grid(stages)
         self.poisoned = poisoned
         self.word = uuid.uuid4().hex
         self.log = folder / "log"
@@ -64,7 +65,7 @@ class Job:
     def start(self, *options: str, restarts: int = 20) -> None:
         """Start torchrun; what was there before is gone on with."""
         torchrun = ["torch.distributed.run", "--standalone", f"--max-restarts={restarts}"]
-        torchrun += ["--nproc-per-node", str(self.stages), "-m"]
+        torchrun += ["--nproc-per-node", str(len(self.grid.names)), "-m"]
         self._start([*torchrun, "headrace.launch.train"], "--checkpoint.resume", "auto", *options)
 
     def start_alone(self, *options: str) -> None:
@@ -107,7 +108,7 @@ class Job:
 
         def look() -> dict[int, Worker] | None:
             found = self.workers()
-            whole = len(found) == self.stages
+            whole = len(found) == len(self.grid.names)
             return found if whole and min(w.start for w in found.values()) >= start else None
 
         found = self.wait(look, f"ranks of start {start}")
@@ -143,6 +144,10 @@ class Job:
         end_all(self.word)
         if self._torchrun is not None:
             self._torchrun.wait()
+
+    def name(self, rank: int) -> str:
+        """What to call a rank in an account."""
+        return re.sub(r" of \d+| \(.*", "", self.grid.names[rank])
 
     # What is seen of it ------------------------------------------------------------------------
 

@@ -1,25 +1,28 @@
 """Which faults, when and to which jobs: drawn from a seed, the same for the same arguments."""
 
 import random
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from .damage import Cut, Delete, Flip, NoManifest, Partial
 from .disk import Fill
 from .fault import Fault, Moment
-from .halt import Halt, HaltForGood, Pause
-from .kill import Kill, KillTwo
+from .halt import Delay, Halt, HaltForGood, Pause
+from .kill import Kill, KillReplica, KillServer, KillTwo
 from .orphan import Orphan
-from .poison import Poison
+from .poison import Poison, PoisonGradient
 from .preempt import Preempt
-from .workload import BATCH, EVERY, SAMPLES, WORKLOADS
+from .workload import EVERY, POISONED, WORKLOADS
 
-__all__ = ["KINDS", "Trial", "draw"]
+__all__ = ["KINDS", "ORDER", "Trial", "draw"]
 
 KINDS: dict[str, tuple[type[Fault], int]] = {
     "kill": (Kill, 8),
     "two": (KillTwo, 4),
+    "replica": (KillReplica, 4),
+    "server": (KillServer, 8),
     "pause": (Pause, 6),
+    "delay": (Delay, 3),
     "halt": (Halt, 3),
     "halted": (HaltForGood, 1),
     "preempt": (Preempt, 6),
@@ -31,12 +34,16 @@ KINDS: dict[str, tuple[type[Fault], int]] = {
     "half": (Partial, 2),
     "full": (Fill, 0),
     "nan": (Poison, 0),
+    "gradient": (PoisonGradient, 0),
 }
-"""By name, and how many of each in a bag to draw from, but the first bag, which has one of each;
-those with none open a job of their own."""
+"""By name, and how many of each in a bag to draw from, but a workload's first bag, which has one of
+each; those with none open a job of their own, of the same name."""
 
 IN_A_JOB = 6
-ORDER = ("1f1b", "stream", "1f1b", "nan", "stream", "full")
+ORDER = (
+    *("1f1b", "allreduce", "stream", "downpour", "nan", "1f1b"),
+    *("stream", "gradient", "allreduce", "full", "downpour"),
+)
 STARTING = 0.25
 """The share of faults that come while ranks start, of those that can."""
 
@@ -51,31 +58,51 @@ class Trial:
 
 
 def draw(
-    count: int, seed: int, kinds: Collection[str] = tuple(KINDS), most: int = IN_A_JOB
+    count: int,
+    seed: int,
+    kinds: Collection[str] = tuple(KINDS),
+    most: int = IN_A_JOB,
+    jobs: Sequence[str] = ORDER,
 ) -> Iterator[Trial]:
-    """So many faults, in jobs of all workloads that these kinds of faults are for.
+    """So many faults, in jobs that these kinds of faults are for.
 
     Args:
         most: faults in a job.
+        jobs: which, in turn, and again.
+
+    Raises:
+        ValueError: there is no such job.
     """
     draws = random.Random(seed)
-    poisoned = draws.randrange(20 * BATCH, SAMPLES)
-    follow = any(KINDS[kind][1] for kind in kinds)
-    workloads = [name for name in ORDER if (name in kinds if name in KINDS else follow)]
+    poisoned = draws.choice(POISONED)
+    workloads = [name for name in jobs if _opens(name, kinds)]
+    if not workloads:
+        raise ValueError(f"no job of {','.join(jobs)} is one for {','.join(kinds)}")
     bags: dict[str, list[type[Fault]]] = {}
     number = 0
     while count:
         name = workloads[number % len(workloads)]
-        size = min(count, most) if follow else 1
         chosen = [KINDS[name][0]] if name in KINDS else []
+        size = min(count, most) if _suited(name, kinds) else 1
         while len(chosen) < size:
             if not (bag := bags.get(name)):
-                bag = bags[name] = _fill(name, kinds, draws, evenly=not bags)
+                bag = bags[name] = _fill(name, kinds, draws, evenly=name not in bags)
             chosen.append(bag.pop())
-        starts = [k == 0 or chosen[k - 1] is not Pause for k in range(size)]
+        starts = [k == 0 or not issubclass(chosen[k - 1], Pause) for k in range(size)]
         faults = [_make(kind, k, draws, starts[k]) for k, kind in enumerate(chosen)]
-        yield Trial(name, faults, poisoned if name == "nan" else None)
+        yield Trial(name, faults, poisoned if WORKLOADS[name].poison else None)
         count, number = count - size, number + 1
+
+
+def _opens(workload: str, kinds: Collection[str]) -> bool:
+    """Whether one of these faults can be the first of such a job."""
+    return workload in kinds if workload in KINDS else bool(_suited(workload, kinds))
+
+
+def _suited(workload: str, kinds: Collection[str]) -> list[tuple[type[Fault], int]]:
+    """The faults that can follow in such a job."""
+    found = [KINDS[kind] for kind in kinds]
+    return [(fault, n) for fault, n in found if n and fault.suits(WORKLOADS[workload])]
 
 
 def _fill(
@@ -83,10 +110,8 @@ def _fill(
 ) -> list[type[Fault]]:
     """A bag of the faults that are for a workload; evenly, one of each."""
     bag: list[type[Fault]] = []
-    for kind in kinds:
-        fault, many = KINDS[kind]
-        if not (fault.moves_drain and WORKLOADS[workload].drains):
-            bag += [fault] * (min(many, 1) if evenly else many)
+    for fault, many in _suited(workload, kinds):
+        bag += [fault] * (1 if evenly else many)
     draws.shuffle(bag)
     return bag
 

@@ -7,15 +7,19 @@ from collections.abc import Mapping
 from .fault import Fault
 from .job import Job, LostError
 from .processes import Worker
+from .workload import Workload
 
 __all__ = ["Preempt"]
 
 
 class Preempt(Fault):
-    """The job saves and ends, and is started again."""
+    """The job saves, where an undisturbed run does not, and ends; it is started again."""
 
     name = "SIGTERM to torchrun"
-    moves_drain = True
+
+    @classmethod
+    def suits(cls, workload: Workload) -> bool:
+        return not workload.drains
 
     def strike(self, job: Job, ranks: Mapping[int, Worker]) -> str:
         self.whose = "all"

@@ -57,14 +57,21 @@ class Trials:
         self._undisturbed: dict[tuple[str, int | None], dict[str, Tensor]] = {}
         self._jobs = 0
 
-    def undisturbed(self, trial: Trial) -> dict[str, Tensor]:
-        """The weights of the same run in one process, to which nothing happens."""
+    def undisturbed(self, trial: Trial) -> dict[str, Tensor] | None:
+        """The weights of the same run, in one process if it is one pipeline, to which nothing
+        happens; None where they are not the same each time.
+        """
+        if not WORKLOADS[trial.workload].repeats:
+            return None
         key = (trial.workload, trial.poisoned)
         if key not in self._undisturbed:
             folder = self.folder / f"undisturbed-{trial.workload}"
             job = Job(folder, WORKLOADS[trial.workload], self.stages, 0.0, trial.poisoned)
             try:
-                job.start_alone()
+                if job.grid.replicas == 1:
+                    job.start_alone()
+                else:
+                    job.start(restarts=0)
                 if code := job.await_end("end"):
                     raise LostError(f"the undisturbed run ended with {code}: {job.last_words()}")
                 check(job, final_weights(job))
@@ -97,12 +104,13 @@ class Trials:
             finally:
                 job.end()
 
-    def _judge(self, job: Job, weights: dict[str, Tensor], seconds: float) -> None:
+    def _judge(self, job: Job, weights: dict[str, Tensor] | None, seconds: float) -> None:
         code = job.await_end("end of training")
         if code:
             raise LostError(f"it ended with {code}: {job.last_words()}")
         check(job, weights)
-        self._tell(f"      job {self._jobs} came to its end: as undisturbed ({seconds:.0f} s)")
+        how = "every update counted" if weights is None else "as undisturbed"
+        self._tell(f"      job {self._jobs} came to its end: {how} ({seconds:.0f} s)")
 
     def _disturb(self, job: Job, trial: Trial) -> Iterator[Row]:
         opener = trial.faults[0].opens
@@ -126,5 +134,5 @@ class Trials:
 
 
 def _line(row: Row) -> str:
-    line = f"{row.number:4}  {row.workload:<7}{row.what:<24}{row.when:<32}{row.whose:<44} "
+    line = f"{row.number:4}  {row.workload:<10}{row.what:<24}{row.when:<32}{row.whose:<44} "
     return f"{line}{row.ended}, {row.seconds:.1f} s" + (f": LOST: {row.lost}" if row.lost else "")

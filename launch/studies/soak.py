@@ -3,9 +3,9 @@
 python -m headrace.launch.studies.soak [--micro-batches 50000] [--stages 4] [--every 2500]
 
 An MLP on scikit-learn's digits, stashed weights, momentum, a scheduler, a log in runs' own format,
-and an evaluation now and then. Every rank is looked at after each `--every` micro-batches, in the
-midst of the stream. Starts its own processes, or is started with torchrun; ends with 1, and says
-what grew, if anything did.
+checkpoints, and an evaluation now and then. Every rank is looked at after each `--every`
+micro-batches, in the midst of the stream. Starts its own processes, or is started with torchrun;
+ends with 1, and says what grew, if anything did.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -27,11 +28,12 @@ from torch import Tensor, nn
 
 from headrace.models import mlp
 from headrace.pipeline import Pipeline, Progress
+from headrace.pipeline.checkpoints import Checkpoints
 from headrace.pipeline.rules import Delayed
 
 from ..data import Digits
 from ..metrics import accuracy
-from ..ranks import processes, rank, refuse
+from ..ranks import hear, processes, rank, refuse, tell
 from ..run_files import RunFiles
 from ..schedulers import cosine_with_warmup
 from .growth import Limits, Sample, growth, slowdown, take, what_grew
@@ -43,6 +45,12 @@ Batch = tuple[Tensor, Tensor]
 BATCH = 32
 EVALUATE_EVERY = 4
 """Samples from one evaluation to the next; the first is before the first sample."""
+
+KEEP = 2
+"""Checkpoints: from the third on, each removes one."""
+
+LINGERING = 5.0
+"""Seconds for which a thread that is more than usual may be one that has ended."""
 
 LEAST = 10
 """Samples that a trend needs."""
@@ -81,7 +89,11 @@ def _pipeline(stages: int, updates: int, device: str | None) -> Pipeline:
 
 
 def soak(
-    micro_batches: int, every: int, device: str | None, log: Callable[[Progress], None] | None
+    micro_batches: int,
+    every: int,
+    device: str | None,
+    log: Callable[[Progress], None] | None,
+    checkpoints: Checkpoints,
 ) -> tuple[Tensor, dict[str, float]]:
     """What each rank does: its own samples, a row each, and the scores in the end.
 
@@ -90,17 +102,35 @@ def soak(
     """
     gc.freeze()
     stream, test = _data()
+    usual = sys.maxsize
     found = torch.empty(micro_batches // every, Sample.WIDTH, dtype=torch.float64)
     with _pipeline(processes() or 1, micro_batches, device) as pipe:
         for k in range(len(found)):
             if k % EVALUATE_EVERY == 0:
                 pipe.evaluate(test, {"accuracy": accuracy})
             processor, wall = time.process_time(), time.perf_counter()
-            pipe.train(islice(stream, every), log=log)
+            pipe.train(islice(stream, every), log=log, checkpoints=checkpoints)
+            _await_writer(usual)
             processor, wall = time.process_time() - processor, time.perf_counter() - wall
             sample = take((k + 1) * every, processor / every, wall / every)
             found[k] = torch.tensor(sample.numbers(), dtype=found.dtype)
+            usual = min(usual, sample.threads)
         return found, pipe.evaluate(test, {"accuracy": accuracy})
+
+
+def _await_writer(usual: int) -> None:
+    """A checkpoint that is being written has a thread and files of its own, while it is, and
+    a busy system keeps a thread that has ended for a moment more.
+
+    Args:
+        usual: number of threads, as far as is known.
+    """
+    for thread in threading.enumerate():
+        if thread.name == "headrace-saver":
+            thread.join()
+    end = time.monotonic() + LINGERING
+    while len(os.listdir("/proc/self/task")) > usual and time.monotonic() < end:
+        time.sleep(0.01)
 
 
 def _gather(found: Tensor) -> list[list[Sample]]:
@@ -149,16 +179,25 @@ def _log(files: RunFiles, progress: Progress) -> None:
     files.log("progress", progress.micro_batch * BATCH, asdict(progress))
 
 
+def _shared(folder: str) -> str:
+    """The first rank's folder."""
+    if rank():
+        return hear("folder")
+    tell("folder", folder)
+    return folder
+
+
 def _work(options: argparse.Namespace) -> int:
     """On every rank; the first one prints. The exit code."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         files = RunFiles(Path(folder), "") if rank() == 0 else None
         log = partial(_log, files) if files else None
-        found, scores = soak(options.micro_batches, options.every, options.device, log)
+        checkpoints = Checkpoints(_shared(folder), options.checkpoint_every, KEEP)
+        found, scores = soak(options.micro_batches, options.every, options.device, log, checkpoints)
         if files:
             files.close()
-    ranks = _gather(found)
+        ranks = _gather(found)  # nobody writes into the first rank's folder any more
     limits = Limits(slowdown=options.slowdown)
     grew = [
         f"stage {j}: {line}" for j, each in enumerate(ranks) for line in what_grew(each, limits)
@@ -186,6 +225,9 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--micro-batches", type=int, default=50_000, help="in all (50000)")
     parser.add_argument("--stages", type=int, default=4, help="where torchrun does not say (4)")
     parser.add_argument("--every", type=int, default=2500, help="from sample to sample (2500)")
+    parser.add_argument(
+        "--checkpoint-every", type=int, default=1000, help="micro-batches between two (1000)"
+    )
     parser.add_argument("--slowdown", type=float, default=Limits.slowdown, help="allowed (1.25)")
     parser.add_argument("--device", help="a GPU for each rank if there are enough, else the CPU")
     return parser.parse_args(arguments)
@@ -199,6 +241,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         refuse(f"this looks into /proc, which {sys.platform} has not: run it on Linux")
     if options.stages < 1:
         refuse(f"--stages {options.stages}: give a whole number >= 1")
+    if options.checkpoint_every < 1:
+        refuse(f"--checkpoint-every {options.checkpoint_every}: give a whole number >= 1")
     if options.every < 1 or options.micro_batches < LEAST * options.every:
         refuse(
             f"--micro-batches {options.micro_batches} with a sample every {options.every}: a trend "

@@ -135,6 +135,7 @@ class Saver:
             if head is not None:
                 for rank in range(1, self._ranks):
                     entries |= json.loads(self._learn(f"{key}/{rank}"))
+                self._forget(self._number - 1)  # with which all must be done
                 _finish(partial, replace(head, made=time.time(), files=entries))
                 if keep is not None:
                     _prune(final.parent, keep)
@@ -151,6 +152,16 @@ class Saver:
             self._told[key] = text
         else:
             self._watch.share(key, text)
+
+    def _forget(self, number: int) -> None:
+        """Nobody needs to know any more what was told of an earlier checkpoint: there are many."""
+        if number:
+            key = f"saves/{number}"
+            for each in (key, f"{key}/done", *(f"{key}/{rank}" for rank in range(self._ranks))):
+                if self._watch is None:
+                    self._told.pop(each, None)  # the disk may have been full
+                else:
+                    self._watch.forget(each)
 
     def _learn(self, key: str) -> str:
         if self._watch is None:

@@ -210,7 +210,18 @@ def test_torchrun_brings_a_killed_replica_back(launcher: Launcher, tmp_path: Pat
     whole = launcher.run(run_train, 4, arguments, environment=environment, seconds=100)
     whole.expect(0, 0, 0, 0)
     (folder,) = launcher.folder.glob("*/runs/it")
-    assert_same(*(torch.load(each / "weights.pt") for each in (folder, tmp_path / "runs/it")))
+    runs = (folder, tmp_path / "runs/it")
+    assert_same(*(torch.load(each / "weights.pt") for each in runs))
+    # The epoch that a checkpoint was made at the end of is in the account that it keeps.
+    ends = [json.loads((each / "summary.json").read_text()) for each in runs]
+    assert ends[0]["samples"] == ends[1]["samples"]
+    told = [_epochs(each / "metrics.jsonl") for each in runs]
+    assert told[0] == told[1] and len(told[0]) == 3
+
+
+def _epochs(metrics: Path) -> list[tuple[int, int]]:
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    return [(line["epoch"], line["step"]) for line in lines if line["event"] == "epoch"]
 
 
 def test_torchrun_brings_a_killed_server_back(tmp_path: Path) -> None:

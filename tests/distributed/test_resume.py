@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from headrace.pipeline import Link, Pipeline
+from headrace.pipeline.attempt import connect
 from headrace.pipeline.checkpoints import Checkpoint, Checkpoints, find_latest, load_weights
 from headrace.pipeline.replicas import Allreduce, Downpour, Elastic, Hogwild, Replicas
 from headrace.pipeline.rules import Delayed
@@ -55,6 +56,30 @@ def test_on_ranks_as_in_one_process(launcher: Launcher, tmp_path: Path) -> None:
         crossed = go_on(name, SIZES[2], Checkpoints(place / "cross", 4, keep=9), start, seed=8)
         assert_same(crossed.weights, alone.weights)
         assert find_latest(place / "again")[0] is not None
+
+
+def count_keys(folder: str) -> list[int]:
+    """How many keys the store has after each of six calls, with three checkpoints each."""
+    store, found = connect(), []
+    with Pipeline(
+        network(),
+        nn.MSELoss(),
+        partial(torch.optim.SGD, lr=0.02),
+        balance=SIZES[2],
+    ) as pipe:
+        for _ in range(6):
+            pipe.train(make_loader(3, 72), checkpoints=Checkpoints(folder, 4))
+            pipe.save(Path(folder) / "last")  # until all that is being written is there
+            found.append(store.num_keys())
+    return found
+
+
+def test_the_store_does_not_grow_with_the_checkpoints(launcher: Launcher, tmp_path: Path) -> None:
+    """It is in torchrun's memory, for as long as the job lasts."""
+    outcome = launcher.run(count_keys, 2, str(tmp_path))
+    outcome.expect(0, 0)
+    for found in outcome.results:
+        assert found[1:] == found[1:2] * 5
 
 
 # Replicas ------------------------------------------------------------------------------------

@@ -16,9 +16,10 @@ pytestmark = [
 
 
 def test_nothing_grows(launcher: Launcher) -> None:
-    """2,000 micro-batches, 40 samples; time may quadruple, for other programs' sake."""
+    """2,000 micro-batches, 20 checkpoints, 40 samples; time may quadruple, as others work, too."""
     pytest.importorskip("sklearn")
     arguments = ["--micro-batches", "2000", "--every", "50", "--slowdown", "4"]
+    arguments += ["--checkpoint-every", "100"]
     outcome = launcher.run(run_soak, 3, arguments, seconds=100, environment=UNDER_TORCHRUN)
     outcome.expect(0, 0, 0)
     said = outcome.out[0].splitlines()

@@ -123,6 +123,7 @@ def test_the_tables() -> None:
     ("arguments", "line"),
     [
         (["--stages", "0"], "--stages 0: give a whole number >= 1"),
+        (["--checkpoint-every", "0"], "--checkpoint-every 0: give a whole number >= 1"),
         (
             ["--micro-batches", "900", "--every", "100"],
             "--micro-batches 900 with a sample every 100: a trend needs 10 samples, so write "

@@ -172,6 +172,31 @@ def test_metrics_are_on_disk_line_by_line_and_have_no_nan(folder: Path) -> None:
     files.close()
 
 
+def test_a_run_that_is_gone_on_with_tells_of_nothing_twice(folder: Path) -> None:
+    """A checkpoint after an epoch's last sample may be one before its end."""
+    place = new_folder(Path("runs"), "x")
+    files = RunFiles(place, "")
+    for event, step, more in (
+        ("progress", 8, {}), ("epoch", 8, {"epoch": 1}), ("progress", 16, {}),
+        ("epoch", 16, {"epoch": 2}), ("test", 16, {"loss": 1.0}), ("servers", 16, {}),
+    ):  # fmt: skip
+        files.log(event, step, more)
+    files.histogram("staleness of stage 0", 16, {0: 1})
+    files.close()
+    with (place / "metrics.jsonl").open("a") as metrics:
+        metrics.write('{"event": "progress", "st')
+
+    def kept(samples: int, epochs: int) -> list[tuple[str, int]]:
+        RunFiles(place, "", samples, epochs).close()
+        lines = map(json.loads, (place / "metrics.jsonl").read_text().splitlines())
+        return [(line["event"], line["step"]) for line in lines]
+
+    whole = [("progress", 8), ("epoch", 8), ("progress", 16), ("epoch", 16)]
+    assert kept(16, 2) == whole
+    assert kept(16, 1) == whole[:3]
+    assert kept(8, 1) == whole[:2]
+
+
 @pytest.mark.parametrize(
     ("overrides", "total", "made"),
     [

@@ -13,7 +13,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from headrace.pipeline import Pipeline
+from headrace.pipeline import Pipeline, Report
 from headrace.pipeline.checkpoints import (
     Checkpoint,
     CheckpointError,
@@ -388,6 +388,23 @@ def test_notes_that_are_no_data(tmp_path: Path, value: Any) -> None:
     pipe.notes["best"] = value
     with pytest.raises(ValueError, match=r"notes\['best'\]=.* cannot be kept in a checkpoint"):
         pipe.save(tmp_path / "one")
+
+
+def test_what_a_report_leaves_in_the_notes_is_in_the_checkpoint_of_the_calls_end(
+    tmp_path: Path,
+) -> None:
+    """Else an account that is gone on with lacks the last call."""
+    pipe = pipeline(2)
+
+    def add(report: Report) -> None:
+        pipe.notes["samples"] = pipe.notes.get("samples", 0) + report.samples
+
+    for _ in range(2):
+        report = pipe.train(BATCHES, checkpoints=Checkpoints(tmp_path), at_end=add)
+    again = pipeline(2)
+    again.load(tmp_path)
+    again.prepare(BATCHES)
+    assert again.notes == pipe.notes and pipe.notes["samples"] > report.samples
 
 
 def test_an_older_run_of_more_steps_does_not_push_out_a_new_one(tmp_path: Path) -> None:
