@@ -240,11 +240,11 @@ class Watch:
                 sys.stderr.flush()
                 with suppress(dist.DistError):
                     self._store.set("said", "")
-                self._note(Failure(message, code))
             else:
                 self._await_said()
                 _, message, code = json.loads(first)
-                self._note(Failure(message, code))
+            self._let_all_hear()
+            self._note(Failure(message, code))
 
     def lost(self, rank: int, error: Exception) -> None:
         """The link to a neighbour broke: backends raise RuntimeErrors; others are our own."""
@@ -268,6 +268,13 @@ class Watch:
         with suppress(dist.DistError):
             while time.monotonic() < end and not self._store.check(["said"]):
                 time.sleep(0.01)
+
+    def _let_all_hear(self) -> None:
+        """The first host's torchrun takes the store with it, as soon as a rank there ends: those on
+        other hosts look for what has failed once every interval.
+        """
+        if os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE"):
+            time.sleep(1.5 * self._interval)
 
     # Beats -------------------------------------------------------------------------------------
 
@@ -348,6 +355,7 @@ class Watch:
             if self.failure is None:
                 self._await_said()
                 _, message, code = json.loads(bytes(self._store.get("failure")))
+                self._let_all_hear()
                 self._note(Failure(message, code))
 
     # The ways a process ends -------------------------------------------------------------------
