@@ -125,7 +125,7 @@ def all_finite(tensors: list[Tensor]) -> bool:
     """Whether no element is infinite or NaN; one pass over memory, and one wait for the device."""
     totals = [_sum(tensor) for tensor in tensors]
     if all(total.device.type == "cpu" for total in totals):
-        return all(math.isfinite(total.item()) for total in totals)
+        return all(map(math.isfinite, totals))
     return bool(torch.stack([total.to(torch.float64) for total in totals]).isfinite().all())
 
 

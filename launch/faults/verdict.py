@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .job import Job, LostError
-from .workload import BATCH, EVERY, KEEP
+from .workload import BATCH, EPOCHS, EVERY, KEEP, MINI_BATCHES
 
 __all__ = ["check", "final_weights"]
 
@@ -63,10 +63,10 @@ def _check_files(job: Job) -> None:
     if strange:
         raise LostError(f"files are left: {', '.join(sorted(strange))}")
     last = [number for number, _ in job.saved()]
-    if last[-1:] != [job.workload.mini_batches] or len(last) != KEEP:
+    if last[-1:] != [MINI_BATCHES] or len(last) != KEEP:
         raise LostError(
             f"the checkpoints are of mini-batches {last}: there should be {KEEP}, every {EVERY}, "
-            f"and the last of {job.workload.mini_batches}"
+            f"and the last of {MINI_BATCHES}"
         )
 
 
@@ -74,14 +74,14 @@ def _check_metrics(job: Job) -> None:
     """Each epoch is told once."""
     lines = (job.run / "metrics.jsonl").read_text().splitlines()
     epochs = [m[1] for line in lines if (m := re.match(r'{"event": "epoch".*"epoch": (\d+)', line))]
-    if epochs != [str(1 + k) for k in range(job.workload.epochs)]:
+    if epochs != [str(1 + k) for k in range(EPOCHS)]:
         raise LostError(f"metrics.jsonl tells of epochs {', '.join(epochs)}")
 
 
 def _check_counts(job: Job) -> None:
     """Every sample was trained on once, and every update made once, by stages and by servers."""
     summary, workload, grid = _summary(job), job.workload, job.grid
-    many = workload.mini_batches
+    many = MINI_BATCHES
     late = 0 if workload.pipeline["schedule"] == "1f1b" else grid.stages - 1  # for the last report
     wanted: dict[str, Any] = {
         "samples": (many - late) * BATCH,

@@ -7,13 +7,24 @@ from headrace.pipeline.grid import Grid
 
 from .data import CLASSES, FEATURES
 
-__all__ = ["BATCH", "EVERY", "KEEP", "POISONED", "SILENCE", "WORKLOADS", "Workload"]
+__all__ = [
+    "BATCH",
+    "EPOCHS",
+    "EVERY",
+    "KEEP",
+    "MINI_BATCHES",
+    "POISONED",
+    "SILENCE",
+    "WORKLOADS",
+    "Workload",
+]
 
 BATCH, WIDTH = 16, 48
 EVERY, KEEP = 15, 3
 EPOCHS, IN_AN_EPOCH = 8, 40
-"""Of a pipeline alone; of one among replicas, which save at an epoch's end only, see below."""
-REPLICAS, STAGES_OF_REPLICAS, EPOCHS_OF_REPLICAS = 2, 2, 21
+"""Passes over the data, and mini-batches of each, for each replica."""
+MINI_BATCHES = EPOCHS * IN_AN_EPOCH
+REPLICAS, STAGES_OF_REPLICAS = 2, 2
 POISONED = range(20 * BATCH, IN_AN_EPOCH * BATCH)
 """The items of which one may be poisoned."""
 SILENCE = 5.0
@@ -55,25 +66,15 @@ class Workload:
         servers = STAGES_OF_REPLICAS if self.has_servers else 0
         return Grid(STAGES_OF_REPLICAS, REPLICAS, servers)
 
-    @property
-    def epochs(self) -> int:
-        """Passes over the data."""
-        return EPOCHS if self.replicas is None else EPOCHS_OF_REPLICAS
-
-    @property
-    def mini_batches(self) -> int:
-        """Of a run, for each replica."""
-        return self.epochs * (IN_AN_EPOCH if self.replicas is None else EVERY)
-
     def skips(self, stages: int) -> list[int]:
         """Updates that each stage skips: those that the NaN comes to."""
         reached = {None: 0, "input": stages, "gradient": 2}[self.poison]
-        return [self.epochs if stage < reached else 0 for stage in range(stages)]
+        return [EPOCHS if stage < reached else 0 for stage in range(stages)]
 
     def config(self, stages: int, pace: float, poisoned: int | None = None) -> dict[str, Any]:
         """The configuration of a run, for YAML."""
         grid = self.grid(stages)
-        samples = BATCH * self.mini_batches * grid.replicas // self.epochs
+        samples = BATCH * IN_AN_EPOCH * grid.replicas
         data: dict[str, Any] = {"samples": samples, "pace": pace}
         if self.poison is not None:
             data["poisoned" if self.poison == "input" else "enlarged"] = poisoned
@@ -81,7 +82,7 @@ class Workload:
         return {
             "name": "job",
             "stages": grid.stages,
-            "epochs": self.epochs,
+            "epochs": EPOCHS,
             "threads": 1,
             "log_every": 40,
             "model": self._model(grid.stages),
@@ -99,7 +100,7 @@ class Workload:
                 "balance": self._balance(grid.stages),
                 "timeout": [60.0, SILENCE],
             },
-            "checkpoint": {"every": EVERY if self.replicas is None else "epoch", "keep": KEEP},
+            "checkpoint": {"every": EVERY, "keep": KEEP},
         }
 
     def _model(self, stages: int) -> dict[str, Any]:
