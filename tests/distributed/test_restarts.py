@@ -185,14 +185,14 @@ def lose_a_machine(folder: str) -> None:
 
 # Replicas and servers ------------------------------------------------------------------------
 
-REPLICATED = ["--config", "digits", "--epochs", "3", "--checkpoint.every", "epoch", "--name", "it"]
+REPLICATED = ["--config", "digits", "--epochs", "2", "--checkpoint.every", "epoch", "--name", "it"]
 REPLICATED += ["--pipeline.balance", "[6, 5]", "--stages", "2"]
 
 
 def crash_of(rank: int, kind: str) -> None:
-    """The training command; in the first start a rank is killed in the third of three passes."""
+    """The training command; in the first start a rank is killed in the second of two passes."""
     if not Path("killed").exists() and os.environ["RANK"] == str(rank):
-        updates = 110 if kind == "downpour" else 55
+        updates = 60 if kind == "downpour" else 30
         _after_updates(
             updates, lambda: [Path("killed").touch(), os.kill(os.getpid(), signal.SIGKILL)]
         )
@@ -204,7 +204,7 @@ def test_torchrun_brings_a_killed_replica_back(launcher: Launcher, tmp_path: Pat
     options = ("--standalone", "--max-restarts", "2")
     job = torchrun(tmp_path, crash_of, 4, 3, "allreduce", options=options)
     out, err = job.communicate(timeout=150)
-    assert job.returncode == 0 and "goes on in epoch 3" in out, err
+    assert job.returncode == 0 and "goes on in epoch 2" in out, err
     arguments = [*REPLICATED, "--pipeline.replicas.class_path", "allreduce"]
     environment = {"TORCHELASTIC_RUN_ID": "here"}
     whole = launcher.run(run_train, 4, arguments, environment=environment, seconds=100)
@@ -229,8 +229,8 @@ def test_torchrun_brings_a_killed_server_back(tmp_path: Path) -> None:
     options = ("--standalone", "--max-restarts", "2")
     job = torchrun(tmp_path, crash_of, 6, 4, "downpour", options=options)
     out, err = job.communicate(timeout=170)
-    assert job.returncode == 0 and "goes on in epoch 3" in out, err
+    assert job.returncode == 0 and "goes on in epoch 2" in out, err
     assert "the server of stage 0 (rank 4)" in err, "who was gone"
     summary = json.loads((tmp_path / "runs/it/summary.json").read_text())
-    assert [server["updates"] for server in summary["servers"]] == [135, 135], "45 of each pass"
-    assert summary["test"]["accuracy"] > 0.9
+    assert [server["updates"] for server in summary["servers"]] == [90, 90], "45 of each pass"
+    assert summary["test"]["accuracy"] > 0.8

@@ -163,7 +163,7 @@ def test_replicas_go_on_from_the_middle_of_a_pass(
     assert one["position"].total == 10 and one["reports"][0].samples <= 45
     saved = sorted(tmp_path.glob("step-*"))
     assert [int(each.name.removeprefix("step-")) for each in saved] == [2, 4, 7, 9]
-    for start in saved[1:]:
+    for start in (saved[1], saved[2]):
         plan = Checkpoints(tmp_path / "again", 2, keep=9)
         again = launcher.run(replicated, ranks, make(), plan, str(start), 2, 81)
         again.expect(*[0] * ranks)

@@ -152,7 +152,7 @@ def profile(tmp_path_factory: pytest.TempPathFactory) -> Run:
 @pytest.fixture(scope="module")
 def slow_links(launcher: Launcher, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Emulated devices behind emulated links, on a terminal's terms."""
-    options = ["--rounds", "2", "--out", "out", "--link-latency-ms", "20", "--timeline", "text"]
+    options = ["--rounds", "1", "--out", "out", "--link-latency-ms", "20", "--timeline", "text"]
     rows = ["--rows", "one-device", "stream:stash", "stream:stash+auto", "torch-1f1b"]
     return run(launcher, tmp_path_factory.mktemp("links"), EMULATED, *options, *rows, "--predict")
 
