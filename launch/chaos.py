@@ -26,7 +26,8 @@ __all__ = ["main"]
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and play; ends with 1 if anything is lost."""
-    signal.signal(signal.SIGTERM, _leave)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _leave)
     options = _parse(sys.argv[1:] if arguments is None else arguments)
     kinds = [kind for kind in KINDS if kind in options.kinds.split(",")]
     folder = new_folder(Path(options.folder).parent, Path(options.folder).name)
@@ -60,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _leave(number: int, frame: FrameType | None) -> None:
+    sys.stderr.write(f"headrace: stopped by {signal.Signals(number).name}\n")
     raise SystemExit(128 + number)  # jobs are ended and disks given back on the way
 
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from multiprocessing import parent_process
 from types import FrameType
 from typing import NoReturn
 
@@ -127,6 +128,10 @@ def stop(number: int, frame: FrameType | None) -> None:
     It comes anywhere, in the middle of what a library does under a lock too: then nobody may wait
     for that library's threads for long.
     """
+    if parent_process() is not None:  # a loader's worker, whom the terminal tells too
+        if number != signal.SIGINT:
+            raise SystemExit(128 + number)
+        return  # its parent ends it
     code = 128 + number
     if rank() == 0:
         sys.stderr.write(f"headrace: stopped by {signal.Signals(number).name}\n")

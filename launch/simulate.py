@@ -8,6 +8,7 @@ are, bit for bit, those of torchrun with as many processes.
 
 import argparse
 import math
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -21,7 +22,7 @@ from headrace.pipeline.errors import InputError
 from .config import Config, to_yaml
 from .display import console, count, duration
 from .profiling.pictures import import_pyplot
-from .ranks import processes, refuse, refuse_error
+from .ranks import processes, refuse_error
 from .run_files import check_folder, new_folder
 from .simulation.picture import draw
 from .simulation.plan import DEFAULT, Case, Grid, plan, read_variants
@@ -48,7 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (ValueError, TypeError, ImportError, InputError) as error:
         refuse_error(error)
     except KeyboardInterrupt:
-        refuse("stopped: nothing was written")
+        sys.stderr.write("headrace: stopped by SIGINT: nothing was written\n")
+        raise SystemExit(128 + signal.SIGINT) from None
     name = cases[0].configs[0].name
     folder = new_folder(Path("runs"), f"{name}-simulation")
     (folder / "config.yaml").write_text(to_yaml(cases[0].configs[0]), encoding="utf-8")

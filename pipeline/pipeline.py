@@ -316,9 +316,11 @@ class Pipeline:
             engine.books.log, engine.books.log_every = log, log_every
             parts, tune_at = self._micro_batches, self._tune_at
             start, closes = engine.trained, engine.gathering.closes
-            course, mark = self._course, partial(self._keeper.mark, checkpoints)
-            pauses = checkpoints and checkpoints.every and self._blueprint.replicas
-            together = self._keeper.together if pauses else None
+            course = self._course
+            mark = partial(self._keeper.mark, checkpoints, engine.stage.peers)
+            together = None
+            if checkpoints and checkpoints.every and self._blueprint.replicas:
+                together = partial(self._keeper.together, checkpoints.every)
             messages = feed(
                 Call.TRAIN, batches, parts, start, tune_at, closes, course, mark, together
             )

@@ -11,6 +11,7 @@ ends with 1, and says what grew, if anything did.
 import argparse
 import gc
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -33,7 +34,7 @@ from headrace.pipeline.rules import Delayed
 
 from ..data import Digits
 from ..metrics import accuracy
-from ..ranks import hear, processes, rank, refuse, tell
+from ..ranks import hear, processes, rank, refuse, stop, tell
 from ..run_files import RunFiles
 from ..schedulers import cosine_with_warmup
 from .growth import Limits, Sample, growth, slowdown, take, what_grew
@@ -248,7 +249,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"--micro-batches {options.micro_batches} with a sample every {options.every}: a trend "
             f"needs {LEAST} samples, so write --every {max(1, options.micro_batches // 20)}"
         )
-    raise SystemExit(_start(options, given) if processes() is None else _work(options))
+    if processes() is None:
+        try:
+            raise SystemExit(_start(options, given))
+        except KeyboardInterrupt:  # a rank says so
+            raise SystemExit(128 + signal.SIGINT) from None
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    raise SystemExit(_work(options))
 
 
 if __name__ == "__main__":

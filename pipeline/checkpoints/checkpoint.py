@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..errors import InputError
 from .files import Entry, fault_of, read_json, read_tensors
 from .position import Position
 from .tree import unpack
@@ -37,7 +38,7 @@ REPLACED = ".replaced"
 """Ends the name of one that is being written anew."""
 
 
-class CheckpointError(ValueError):
+class CheckpointError(InputError):
     """What there is cannot be gone on from; the message says what to do."""
 
 
@@ -190,6 +191,8 @@ def _nothing(path: Path, folder: Path, faults: list[str]) -> str:
         return f"no checkpoint in {folder} is whole: {'; '.join(faults)}"
     if not folder.is_dir():
         return f"there is no {path}: write a checkpoint's folder, or that of several"
+    if candidates(inner := folder / "checkpoints"):
+        return f"no checkpoint is in {folder}, which is a run's: give {inner}"
     names = ", ".join(sorted(p.name for p in folder.iterdir())[:5]) or "nothing"
     return f"no checkpoint is in {folder} (there is {names}): one is a folder with {MANIFEST}"
 

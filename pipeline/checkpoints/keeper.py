@@ -21,6 +21,7 @@ from .state import collect
 
 if TYPE_CHECKING:
     from ..engine import Engine, Steps
+    from ..replicas.peers import Peers
     from ..replicas.server import Serves
     from ..watch import Watch
 
@@ -77,9 +78,9 @@ class Keeper:
 
     # When --------------------------------------------------------------------------------------
 
-    def mark(self, plan: Checkpoints | None) -> Kind | None:
-        """What is to come before the next mini-batch; asked on a first stage."""
-        self._mark = self._due(plan) if plan else None
+    def mark(self, plan: Checkpoints | None, peers: "Peers") -> Kind | None:
+        """What is to come before the next mini-batch; asked on a first stage, with its peers."""
+        self._mark = self._due(plan, peers) if plan else None
         if self._mark is not None:
             self._course.pause()
         if self._mark is Kind.SAVE and plan:
@@ -87,8 +88,9 @@ class Keeper:
             self.skip()
         return self._mark
 
-    def _due(self, plan: Checkpoints) -> Kind | None:
-        if self._stop_requested or (self._watch is not None and self._watch.stop_requested):
+    def _due(self, plan: Checkpoints, peers: "Peers") -> Kind | None:
+        asked = self._stop_requested or (self._watch is not None and self._watch.stop_requested)
+        if peers.stops(asked):
             return Kind.END
         position = self._course.position
         # In a pass replicas may have mini-batches of another number, and one waits for no other.
@@ -96,9 +98,14 @@ class Keeper:
         due = plan.every is not None and count and count % plan.every == 0
         return Kind.SAVE if due and position.total != self._saved_at else None
 
-    def together(self) -> bool:
-        """At the end of a first stage's data: whether all replicas are at the end of theirs."""
-        self._mark = None
+    def together(self, every: int) -> bool:
+        """At the end of a first stage's data: whether all replicas are at the end of theirs. A pass
+        may be shorter than what is to lie between two checkpoints: one may be due.
+        """
+        overdue = self._course.position.total - max(self._saved_at, 0) >= every
+        self._mark = Kind.SAVE if overdue else None
+        if overdue:
+            self._course.pause()
         return self._all_dry
 
     @contextmanager

@@ -14,9 +14,9 @@ class Checkpoints:
 
     Args:
         folder: of all checkpoints; hosts share it.
-        every: mini-batches from one to the next, counted from the run's beginning (with replicas:
-            each one's own, from the beginning of its pass); None: one at the end of each call of
-            `train`.
+        every: mini-batches from one to the next, counted from the run's beginning; with replicas
+            each one's own, from the beginning of its pass, and at the end of a pass if so many have
+            gone by since the last. None: one at the end of each call of `train`.
         keep: how many; older ones are removed once a new one is whole.
 
     Raises:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..batch_size.sampled import Sampled
+from ..errors import InputError
 from ..gradient import Gradient
 from ..random_state import RandomState
 from ..stateful import get, put
@@ -97,10 +98,11 @@ def _restore_optimizers(stage: "Stage", saved: Sequence[Mapping[str, Any]]) -> N
     kinds = [type(scheduler).__name__ for scheduler in stage.schedulers]
     if stage.optimizers and kinds != [each["kind"] for each in theirs][: len(kinds) or None]:
         before = ", ".join(each["kind"] for each in theirs) or "none"
-        raise ValueError(
+        served = "" if kinds and theirs else " (parameter servers keep theirs to themselves)"
+        raise InputError(
             f"the checkpoint has the learning-rate scheduler {before}, and this pipeline "
-            f"{', '.join(kinds) or 'none'}: write the one that it was saved with, or load its "
-            "weights alone: load_state_dict(load_weights(…))"
+            f"{', '.join(kinds) or 'none'}{served}: go on as it was saved, or load its weights "
+            "alone: load_state_dict(load_weights(…))"
         )
     for scheduler, each in zip(stage.schedulers, theirs, strict=False):
         own = {"base_lrs": scheduler.base_lrs} if len(saved) > 1 else {}

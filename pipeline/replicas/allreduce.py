@@ -46,11 +46,17 @@ class _Ring(Peers):
     """One stage's place among its peers.
 
     In each round all take part: with a gradient, or with nothing where one has come to a rest. The
-    rounds of a rest end when all are at rest.
+    rounds of a rest end when all are at rest. Who was asked to stop says so in a round, too: then
+    all stop at the same place.
     """
 
     def __init__(self, replica: int, count: int) -> None:
         self._replica, self._count = replica, count
+        self._asked = self._stops = False
+
+    def stops(self, asked: bool) -> bool:
+        self._asked = asked
+        return self._stops
 
     def combine(self, engine: "Engine") -> Steps:
         yield from self._round(engine, rests=False)
@@ -75,13 +81,14 @@ class _Ring(Peers):
         """Make the stage's gradient everybody's; whether anybody had one to bring."""
         stage, gradient = engine.stage, engine.stage.gradient
         has = [float(name in gradient.sums) for name in stage.trainable]
-        head = [gradient.weight, gradient.samples, not gradient.finite, rests, *has]
+        head = [gradient.weight, gradient.samples, not gradient.finite, rests, self._asked, *has]
         # A small gradient goes along with it.
         small = sum(t.numel() * t.element_size() for t in stage.trainable.values()) <= SMALL
         own = self._weighted(stage, list(stage.trainable)) if small else []
         rows = yield from self._gather(engine, [torch.tensor(head, dtype=torch.float64), *own])
         heads, *sums = [sum(each[1:], each[0]) for each in zip(*rows, strict=True)]
-        weight, samples, spoilt, at_rest, *have = heads.tolist()
+        weight, samples, spoilt, at_rest, asked, *have = heads.tolist()
+        self._stops = self._stops or asked > 0
         if at_rest == self._count:
             return False
         names = [name for name, some in zip(stage.trainable, have, strict=True) if some]

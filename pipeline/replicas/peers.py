@@ -46,6 +46,12 @@ class Peers(Stateful):
         """After an update: take in what others did to the weights."""
         yield from ()
 
+    def stops(self, asked: bool) -> bool:
+        """Before a mini-batch of a first stage: whether training is to end here, as a SIGTERM has
+        asked this replica for, or another that goes in step with it.
+        """
+        return asked
+
     def rest(self, engine: "Engine") -> Steps:
         """A call of `train` has come to its end on this stage, with micro-batches in flight."""
         yield from ()

@@ -179,6 +179,20 @@ def test_replicas_go_on_from_the_middle_of_a_pass(
         assert one["shards"] == [18, 18], "9 mini-batches in a pass"
 
 
+def test_passes_shorter_than_what_lies_between_two_checkpoints(
+    launcher: Launcher, tmp_path: Path
+) -> None:
+    """Of five and four mini-batches: one is due at the end of the second, for the first replica."""
+    plan = Checkpoints(tmp_path, 9, keep=9)
+    launcher.run(replicated, 4, Allreduce(2), plan, None, 3, 81).expect(0, 0, 0, 0)
+    (saved,) = tmp_path.glob("step-*")
+    position = Checkpoint.open(saved).position
+    assert (position.epochs, position.mini_batches, position.total) == (1, 5, 10)
+    again = launcher.run(replicated, 4, Allreduce(2), plan, str(saved), 3, 81)
+    again.expect(0, 0, 0, 0)
+    assert again.results[0]["position"].total == 15
+
+
 def test_replicas_are_not_disturbed_by_saves(launcher: Launcher, tmp_path: Path) -> None:
     """Under a flush, where nothing is in flight between two mini-batches."""
     none, some = (

@@ -492,17 +492,21 @@ def test_a_signal_ends_a_run_of_one_process(folder: Path) -> None:
     codes = {signal.SIGINT: 130, signal.SIGTERM: 143}
     processes = {
         number: subprocess.Popen(
-            command("--config", "tiny.yaml", "--epochs", "100000", "--name", number.name),
+            command(
+                "--config", "tiny.yaml", "--epochs", "100000", "--name", number.name,
+                "--data.workers", workers,
+            ),
             env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            start_new_session=True,
         )
-        for number in codes
+        for number, workers in zip(codes, "10", strict=True)
     }  # fmt: skip
     try:
         for number, process in processes.items():
             metrics, end = Path(f"runs/{number.name}/metrics.jsonl"), time.monotonic() + 60
             while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < end:
                 time.sleep(0.05)
-            process.send_signal(number)
+            os.killpg(process.pid, number)  # as a terminal does: to a loader's worker, too
             _, errors = process.communicate(timeout=30)
             assert process.returncode == codes[number]
             assert errors == f"headrace: stopped by {number.name}\n"
