@@ -12,7 +12,6 @@ a size of our own would end that.
 import secrets
 import socket
 import threading
-from collections import deque
 from collections.abc import Callable
 from contextlib import closing
 from errno import ETIMEDOUT
@@ -26,11 +25,12 @@ from torch import Tensor
 from .address import own_address
 from .bell import Bell
 from .carrier import Carrier
-from .channel import Inbox, Outbox
+from .channel import Outbox
 from .door import Door, dial, prepare
 from .errors import InputError
 from .introduction import Introduction
 from .message import Kind, Message, TensorSpec, complete, decode, encode
+from .receiver import Receiver
 from .socket_bytes import CLOSED, read_frame
 from .timeline import Recorder, Work
 
@@ -104,34 +104,23 @@ class TcpOutbox(threading.Thread, Outbox):
             self._carrier.send(self._socket, tensor, parcel.ready)
 
 
-class TcpInbox(threading.Thread, Inbox):
+class TcpInbox(Receiver):
     """Receives ahead of the computation, up to `RECEIVE_AHEAD` messages."""
 
     def __init__(self, end: socket.socket, carrier: Carrier, bell: Bell, lost: Lost) -> None:
-        super().__init__(name="headrace-receive", daemon=True)
+        super().__init__(RECEIVE_AHEAD)
         self._socket, self._carrier, self._bell, self._lost = end, carrier, bell, lost
-        self._messages: deque[Message] = deque()
-        self._room = threading.Semaphore(RECEIVE_AHEAD)
         self.start()
-
-    def poll(self) -> Message | None:
-        if not self._messages:
-            return None
-        self._room.release()
-        return self._messages.popleft()
-
-    def leave(self, seconds: float) -> None:
-        self.join(seconds)
 
     def run(self) -> None:
         try:
             with self._socket:
                 while True:
-                    self._room.acquire()
+                    self.make_room()
                     message = self._receive()
                     if message.kind is Kind.CLOSE:
                         return
-                    self._messages.append(message)
+                    self.put(message)
                     self._bell.ring()
         except Exception as error:  # of a frame that is none, any
             self._lost(_why(error))

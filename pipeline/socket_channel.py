@@ -7,7 +7,6 @@ drives each direction. A closed connection is told once, and harms nobody else.
 import socket
 import struct
 import threading
-from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from queue import Empty, SimpleQueue
@@ -15,9 +14,10 @@ from queue import Empty, SimpleQueue
 import torch
 from torch import Tensor
 
-from .channel import Inbox, Outbox
+from .channel import Outbox
 from .message import Kind, Message, complete, decode, encode
 from .nest import to_device
+from .receiver import Receiver
 from .socket_bytes import CLOSED, fill, memory_of, read_frame
 
 __all__ = ["SocketInbox", "SocketOutbox"]
@@ -76,7 +76,7 @@ class SocketOutbox(threading.Thread, Outbox):
             return Kind.BEAT, *encode(Message(Kind.BEAT))
 
 
-class SocketInbox(threading.Thread, Inbox):
+class SocketInbox(Receiver):
     """Receives ahead, up to a few messages.
 
     Args:
@@ -94,7 +94,7 @@ class SocketInbox(threading.Thread, Inbox):
         silence: float | None = None,
         most: int | None = None,
     ) -> None:
-        super().__init__(name="headrace-receive", daemon=True)
+        super().__init__(RECEIVE_AHEAD)
         self._socket, self._arrived, self._lost = end, arrived, lost
         self._silence, self._most = silence, most
         if silence is not None:
@@ -102,29 +102,21 @@ class SocketInbox(threading.Thread, Inbox):
             seconds = struct.pack("ll", int(silence), int(silence % 1 * 1e6))
             end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, seconds)
         self.outside = silence is not None
-        self._messages: deque[Message] = deque()
-        self._room = threading.Semaphore(RECEIVE_AHEAD)
-
-    def poll(self) -> Message | None:
-        if not self._messages:
-            return None
-        self._room.release()
-        return self._messages.popleft()
 
     def leave(self, seconds: float) -> None:
         with suppress(OSError):
             self._socket.shutdown(socket.SHUT_RD)
-        self.join(seconds)
+        super().leave(seconds)
 
     def run(self) -> None:
         try:
             kind = None
             while kind is not Kind.CLOSE:
-                self._room.acquire()
+                self.make_room()
                 while (message := self._receive()).kind is Kind.BEAT:
                     pass
                 kind = message.kind
-                self._messages.append(message)
+                self.put(message)
                 self._arrived()
         except BlockingIOError:
             self._lost(TimeoutError(f"it has been silent for {self._silence:.0f} s"))

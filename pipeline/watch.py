@@ -174,11 +174,10 @@ class Watch:
         """Report an exception of this rank; once, though it passes several places on its way."""
         if isinstance(error, SystemExit | KeyboardInterrupt) or is_reported(error):
             return
+        error.headrace_reported = True  # type: ignore[attr-defined]
         if isinstance(error, dist.DistNetworkError):  # the store's, in the midst of a call
-            error.headrace_reported = True  # type: ignore[attr-defined]
             self._mourn(error)
             return
-        error.headrace_reported = True  # type: ignore[attr-defined]
         name = self.names[self._rank]
         if isinstance(error, InputError):
             if "killed by signal" in str(error.__cause__):
