@@ -23,7 +23,7 @@ from headrace.pipeline.settings import Settings
 
 from .components import Component, build, call, find
 from .config import Config, PipelineOptions
-from .ranks import processes, rank
+from .ranks import processes, rank, say_nothing_of_a_parent_that_ended
 
 __all__ = [
     "count_replicas",
@@ -96,6 +96,7 @@ def make_loader(config: Config, key: str, component: Component) -> DataLoader[An
         shuffle=data.shuffle and training and not isinstance(dataset, IterableDataset),
         drop_last=drop_last,
         num_workers=data.workers,
+        worker_init_fn=say_nothing_of_a_parent_that_ended,
         persistent_workers=data.workers > 0 and training,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator().manual_seed(config.seed),

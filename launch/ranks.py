@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from multiprocessing import parent_process
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import NoReturn
 
 import torch.distributed as dist
@@ -29,6 +29,7 @@ __all__ = [
     "refuse",
     "refuse_error",
     "remember",
+    "say_nothing_of_a_parent_that_ended",
     "stop",
     "tell",
 ]
@@ -139,6 +140,20 @@ def stop(number: int, frame: FrameType | None) -> None:
     watchdog.daemon = True
     watchdog.start()
     raise SystemExit(code)
+
+
+def say_nothing_of_a_parent_that_ended(worker: int) -> None:
+    """In a loader's worker: its thread that hands over mini-batches may find that the process it
+    hands them to has ended, of which that process itself tells.
+    """
+
+    def hook(
+        kind: type[BaseException], error: BaseException, traceback: TracebackType | None
+    ) -> None:
+        if not isinstance(error, ConnectionError | EOFError):
+            sys.__excepthook__(kind, error, traceback)
+
+    sys.excepthook = hook
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from datetime import timedelta
 
 import pytest
 
-from headrace.launch.ranks import recall, tell
+from headrace.launch.ranks import recall, say_nothing_of_a_parent_that_ended, tell
 
 from ..distributed.ranks import free_port
 
@@ -51,3 +51,16 @@ def test_a_signal_ends_what_waits_for_ever(number: signal.Signals) -> None:
     )  # fmt: skip
     assert done.returncode == 128 + number
     assert done.stderr == f"headrace: stopped by {number.name}\n"
+
+
+@pytest.mark.parametrize("error", (ConnectionResetError, EOFError, BrokenPipeError))
+def test_a_loaders_worker_says_nothing_of_its_parents_end(
+    error: type[Exception], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One time in five a parent that a signal ended was just being handed a mini-batch."""
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    say_nothing_of_a_parent_that_ended(0)
+    sys.excepthook(error, error("gone"), None)
+    assert capsys.readouterr().err == ""
+    sys.excepthook(ValueError, ValueError("of the dataset's own thread"), None)
+    assert "ValueError: of the dataset's own thread" in capsys.readouterr().err
