@@ -10,24 +10,24 @@ import argparse
 import math
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from dataclasses import replace
-from multiprocessing import get_context
 from pathlib import Path
 from typing import TypeVar
 
 from headrace.pipeline.errors import InputError
 
-from .config import Config, to_yaml
+from .config import to_yaml
 from .display import console, count, duration
 from .profiling.pictures import import_pyplot
-from .ranks import processes, refuse_error
+from .ranks import processes, refuse_error, stop
 from .run_files import check_folder, new_folder
 from .simulation.picture import draw
 from .simulation.plan import DEFAULT, Case, Grid, plan, read_variants
 from .simulation.results import Row, best, results_table, write_csv, write_json
-from .simulation.run import Outcome, simulate
+from .simulation.side_by_side import outcomes
 
 __all__ = ["main"]
 
@@ -37,6 +37,8 @@ _T = TypeVar("_T", int, float)
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and simulate; ends the process with 2 where that cannot be done."""
     given = sys.argv[1:] if arguments is None else list(arguments)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
     try:
         own, rest = _parser().parse_known_args(given)
         if processes() is not None:
@@ -48,9 +50,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows = _tuned(cases, own.processes) if grid.tune else _run(cases, own.processes)
     except (ValueError, TypeError, ImportError, InputError) as error:
         refuse_error(error)
-    except KeyboardInterrupt:
-        sys.stderr.write("headrace: stopped by SIGINT: nothing was written\n")
-        raise SystemExit(128 + signal.SIGINT) from None
+    except BrokenProcessPool:
+        sys.stderr.write(
+            "headrace: a process that simulated was ended from outside, most often as memory was "
+            "short: nothing was written; give fewer --processes\n"
+        )
+        raise SystemExit(1) from None
     name = cases[0].configs[0].name
     folder = new_folder(Path("runs"), f"{name}-simulation")
     (folder / "config.yaml").write_text(to_yaml(cases[0].configs[0]), encoding="utf-8")
@@ -83,15 +88,16 @@ def _run(cases: Sequence[Case], workers: int) -> list[Row]:
     """Run all, and tell of each when it is done."""
     runs = [(case, config) for case in cases for config in case.configs]
     out, done = console(), []
-    for k, outcome in enumerate(_outcomes([config for _, config in runs], workers)):
-        case, config = runs[k]
-        rate = "" if case.rate is None else f", rate {case.rate:g}"
-        end = "diverged" if outcome.diverged else f"loss {outcome.scores['loss']:.4f}"
-        stages = f"{count(case.stages, 'stage'):>10}"
-        what = f"{stages}  {case.variant}{rate}, seed {config.seed}"
-        out.print(f"{k + 1:>{len(str(len(runs)))}}/{len(runs)} {what}: {end}, "
-                  f"{duration(outcome.seconds)}")  # fmt: skip
-        done.append(outcome)
+    with closing(outcomes([config for _, config in runs], workers)) as ended:
+        for k, outcome in enumerate(ended):
+            case, config = runs[k]
+            rate = "" if case.rate is None else f", rate {case.rate:g}"
+            end = "diverged" if outcome.diverged else f"loss {outcome.scores['loss']:.4f}"
+            stages = f"{count(case.stages, 'stage'):>10}"
+            what = f"{stages}  {case.variant}{rate}, seed {config.seed}"
+            out.print(f"{k + 1:>{len(str(len(runs)))}}/{len(runs)} {what}: {end}, "
+                      f"{duration(outcome.seconds)}")  # fmt: skip
+            done.append(outcome)
     rows, ends = [], iter(done)
     for case in cases:
         rows.append(Row(case, tuple(next(ends) for _ in case.configs)))
@@ -112,14 +118,6 @@ def _tuned(cases: Sequence[Case], workers: int) -> list[Row]:
     for k, row in zip(again, more, strict=True):
         rows[k] = Row(cases[k], (*rows[k].outcomes, *row.outcomes))
     return rows
-
-
-def _outcomes(configs: Sequence[Config], workers: int) -> Iterator[Outcome]:
-    if workers == 1:
-        yield from map(simulate, configs)
-        return
-    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-        yield from pool.map(simulate, configs)
 
 
 def _grid(own: argparse.Namespace) -> Grid:

@@ -3,18 +3,24 @@
 import csv
 import json
 import math
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 from torch.nn.utils import parameters_to_vector
 
-from headrace.launch import simulate as simulate_command
 from headrace.launch.assemble import make_corrections
 from headrace.launch.config import parse
 from headrace.launch.simulate import main
+from headrace.launch.simulation import side_by_side
 from headrace.launch.simulation.plan import DEFAULT, Case, Grid, plan, read_variants
 from headrace.launch.simulation.results import Row, best, results_table, smooth, updates_until
 from headrace.launch.simulation.run import Outcome, simulate
@@ -56,7 +62,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.chdir(tmp_path)
     for name, text in (("tiny", CONFIG), ("variants", VARIANTS), ("deep", DEEP)):
         (tmp_path / f"{name}.yaml").write_text(text)
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
     yield tmp_path
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -97,6 +106,57 @@ def test_the_whole_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> 
         lines = list(csv.DictReader(file))
     assert [line["diverged"] for line in lines] == [str(r["diverged"] is not None) for r in runs]
     assert float(lines[2]["loss"]) == runs[2]["scores"]["loss"]
+
+
+def pool_of(parent: int) -> set[int]:
+    """The processes that simulate for it."""
+    found = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            is_child = f"PPid:\t{parent}\n" in (process / "status").read_text()
+            if is_child and b"spawn_main" in (process / "cmdline").read_bytes():
+                found.add(int(process.name))
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+@pytest.mark.parametrize(
+    ("number", "to", "busy", "code", "line"),
+    [
+        (signal.SIGINT, "all", False, 130, "headrace: stopped by SIGINT\n"),
+        (signal.SIGINT, "parent", True, 130, "headrace: stopped by SIGINT\n"),
+        (signal.SIGTERM, "parent", True, 143, "headrace: stopped by SIGTERM\n"),
+        (signal.SIGKILL, "parent", True, -signal.SIGKILL, None),
+        (signal.SIGKILL, "one", False, 1, "headrace: a process that simulated was ended from "),
+    ],
+)
+def test_processes_side_by_side_end_together(
+    number: signal.Signals, to: str, busy: bool, code: int, line: str | None, folder: Path
+) -> None:
+    words = "--config tiny.yaml --stages 3 --epochs 100000 --processes 2"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "headrace.launch.simulate", *words.split()],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        end = time.monotonic() + 60
+        while len(pool := pool_of(process.pid)) < 2 and time.monotonic() < end:
+            time.sleep(0.01)
+        assert len(pool) == 2
+        if busy:
+            time.sleep(6)
+        if to == "all":
+            os.killpg(process.pid, number)
+        else:
+            os.kill(process.pid if to == "parent" else min(pool), number)
+        _, errors = process.communicate(timeout=60)  # once nobody has the pipe any more
+        assert process.returncode == code
+        assert line is None or (errors.startswith(line) and errors.count("\n") == 1)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
 
 
 def test_the_same_again_in_two_processes(folder: Path) -> None:
@@ -290,7 +350,7 @@ def test_nothing_trains_before_the_last_variant_is_known_to_work(
 ) -> None:
     """Nor what is refused when a stage's optimizer is made: that used to be told hours later."""
     trained: list[object] = []
-    monkeypatch.setattr(simulate_command, "simulate", trained.append)
+    monkeypatch.setattr(side_by_side, "simulate", trained.append)
     (folder / "late.yaml").write_text(
         "stash: {}\nlate: {optimizer.init_args.momentum: 0.0, "
         "pipeline.corrections: [spike_compensation]}\n"
