@@ -96,7 +96,7 @@ def _run(cases: Sequence[Case], workers: int) -> list[Row]:
             stages = f"{count(case.stages, 'stage'):>10}"
             what = f"{stages}  {case.variant}{rate}, seed {config.seed}"
             out.print(f"{k + 1:>{len(str(len(runs)))}}/{len(runs)} {what}: {end}, "
-                      f"{duration(outcome.seconds)}")  # fmt: skip
+                      f"{duration(outcome.seconds)}", soft_wrap=True)  # fmt: skip
             done.append(outcome)
     rows, ends = [], iter(done)
     for case in cases:
