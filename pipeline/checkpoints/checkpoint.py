@@ -29,9 +29,9 @@ __all__ = [
     "CheckpointError",
     "candidates",
     "find_latest",
-    "made_last",
     "is_remains",
     "label",
+    "made_last",
     "remains",
 ]
 
