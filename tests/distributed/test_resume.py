@@ -103,7 +103,7 @@ def save_slowly(folder: str) -> None:
         balance=SIZES[2],
         timeout=(60, 4),
     ) as pipe:
-        pipe.train(make_loader(3, 72), checkpoints=Checkpoints(folder, 4))
+        pipe.train(make_loader(3, 72), checkpoints=Checkpoints(folder, 8))
 
 
 def slow(sync: Callable[[Path], None]) -> Callable[[Path], None]:
