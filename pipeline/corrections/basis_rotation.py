@@ -63,8 +63,8 @@ def rotates(group: Mapping[str, Any]) -> bool:
 
 
 def straighten(state: Mapping[str, Any], bases: Mapping[str, Any]) -> dict[str, Any]:
-    """What an optimizer kept by its weights' names, with the moments in the weights' own axes again:
-    the first one is exact, the second as of elements that are independent.
+    """What an optimizer kept by its weights' names, with the moments in the weights' own axes
+    again: the first one is exact, the second as of elements that are independent.
 
     Args:
         bases: what a `BasisRotation` kept of the same weights.
