@@ -78,6 +78,11 @@ class Apart:
     def doing(self) -> str:
         return self.engines[0].doing
 
+    def pulse(self) -> Pulse:
+        """What to tell of itself with every beat."""
+        engine = self.engines[0]
+        return Pulse(engine.progress, self.waiting, engine.stage.version > 0, engine.doing)
+
     def run(self, call: Call, messages: Iterator[Message]) -> Any:
         engine = self.engines[0]
         engine.expected = call

@@ -616,12 +616,11 @@ class Pipeline:
 
     def _pulse(self) -> Pulse:
         driver = self._driver
-        if isinstance(driver, Serving):
-            return driver.pulse()
-        if not isinstance(driver, Apart):
+        if not isinstance(driver, Apart | Serving):
             return Pulse(0, False, False, "building the pipeline")
-        engine = driver.engines[0]
-        return Pulse(engine.progress, driver.waiting, engine.stage.version > 0, engine.doing)
+        pulse = driver.pulse()
+        # As with what is the user's, nobody knows how long a disk should take.
+        return replace(pulse, waiting=pulse.waiting and not self._keeper.is_writing)
 
     def _open(
         self, loader: Iterable[Any], pairs_only: bool, trains: bool = False

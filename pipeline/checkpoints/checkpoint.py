@@ -8,6 +8,8 @@ step-00001000/
 """
 
 import json
+import math
+import re
 import warnings
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -29,6 +31,7 @@ __all__ = [
     "find_latest",
     "is_remains",
     "label",
+    "made_last",
     "remains",
 ]
 
@@ -36,6 +39,8 @@ MANIFEST = "checkpoint.json"
 FORMAT = 1
 REPLACED = ".replaced"
 """Ends the name of one that is being written anew."""
+PART = re.compile(r"(weights|state)(/[^/]+\.(safetensors|json))?")
+"""What is in one beside the manifest."""
 
 
 class CheckpointError(InputError):
@@ -205,12 +210,17 @@ def candidates(folder: Path) -> list[Path]:
     return sorted(found, key=_age, reverse=True)
 
 
+def made_last(folder: Path) -> float:
+    """When the newest checkpoint in a folder was made, in seconds since 1970; 0 without one."""
+    return max((_age(path)[0] for path in candidates(folder)), default=0.0)
+
+
 def _age(path: Path) -> tuple[float, bool, str]:
     try:
         made = float(json.loads((path / MANIFEST).read_bytes())["made"])
     except (OSError, ValueError, OverflowError, KeyError, TypeError, RecursionError):
         made = -1.0
-    return (made, not path.name.endswith(REPLACED), path.name)
+    return (made if math.isfinite(made) else -1.0, not path.name.endswith(REPLACED), path.name)
 
 
 def remains(folder: Path) -> list[Path]:
@@ -221,8 +231,11 @@ def remains(folder: Path) -> list[Path]:
 
 def is_remains(path: Path) -> bool:
     """Whether nothing is in a folder but what a checkpoint has beside its manifest."""
-    names = {each.name for each in path.iterdir()}
-    return bool(names) and names <= {"weights", "state"}
+    names = [each.relative_to(path).as_posix() for each in path.glob("*")]
+    if not names or not all(PART.fullmatch(name) for name in names):
+        return False
+    inner = [each.relative_to(path).as_posix() for each in path.glob("*/*")]
+    return all(PART.fullmatch(name) for name in inner)
 
 
 def find_latest(folder: str | Path) -> tuple[Checkpoint | None, list[str]]:

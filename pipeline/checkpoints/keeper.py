@@ -76,6 +76,11 @@ class Keeper:
         """Where the latest checkpoint went."""
         return self._target
 
+    @property
+    def is_writing(self) -> bool:
+        """Whether this process is writing its part of a checkpoint."""
+        return self._saver.is_writing
+
     # When --------------------------------------------------------------------------------------
 
     def mark(self, plan: Checkpoints | None, peers: "Peers") -> Kind | None:
@@ -186,6 +191,7 @@ class Keeper:
     def keep(self, engine: "Engine", message: Message) -> "Steps":
         """Copy what a stage has to keep; with that of all stages here, have it written."""
         while self._saver.is_busy:
+            engine.doing = "waiting until the checkpoint before is written"
             yield Soon()
         grid, stage = self._grid, engine.stage
         state = collect(engine)

@@ -5,7 +5,10 @@ from pathlib import Path
 
 from .position import Position
 
-__all__ = ["Checkpoints"]
+__all__ = ["STEP", "Checkpoints"]
+
+STEP = "step-"
+"""Begins the names of those that `train` makes."""
 
 
 @dataclass(frozen=True)
@@ -38,4 +41,4 @@ class Checkpoints:
 
     def path(self, position: Position) -> Path:
         """Where the checkpoint of a position goes."""
-        return Path(self.folder) / f"step-{position.micro_batches:08d}"
+        return Path(self.folder) / f"{STEP}{position.micro_batches:08d}"

@@ -11,7 +11,8 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 from torch import Tensor
 
-from .checkpoint import MANIFEST, REPLACED, Checkpoint, candidates, is_remains, remains
+from .checkpoint import MANIFEST, REPLACED, Checkpoint, candidates, is_remains, made_last, remains
 from .files import Entry, fault_of, sync, write_json, write_tensors
+from .plan import STEP
 from .tree import pack
 
 if TYPE_CHECKING:
@@ -66,6 +68,12 @@ class Saver:
         self._told: dict[str, str] = {}
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
+        self._is_writing = False
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether this process's part is being written: a disk may take its time."""
+        return self._is_writing
 
     @property
     def is_busy(self) -> bool:
@@ -129,21 +137,35 @@ class Saver:
             _refuse_other(final)
             self._share(key, f".{final.name}.{uuid.uuid4().hex[:8]}{PARTIAL}")
         partial = final.with_name(self._learn(key))
+        told = False
         try:
-            entries = _write(partial, parts)
+            with self._writing():
+                entries = _write(partial, parts)
             self._share(f"{key}/{self._rank}", json.dumps(entries))
+            told = True
             if head is not None:
                 for rank in range(1, self._ranks):
                     entries |= json.loads(self._learn(f"{key}/{rank}"))
                 self._forget(self._number - 1)  # with which all must be done
-                _finish(partial, replace(head, made=time.time(), files=entries))
-                if keep is not None:
-                    _prune(final.parent, keep)
+                with self._writing():
+                    made = max(time.time(), made_last(final.parent) + 1e-3)  # clocks may go back
+                    _finish(partial, replace(head, made=made, files=entries))
+                    if keep is not None:
+                        _prune(final.parent, keep)
                 self._share(f"{key}/done", "")
             self._learn(f"{key}/done")
         except Exception:
-            shutil.rmtree(partial, ignore_errors=True)  # a full disk has room again
+            if head is not None or not told:  # or else the first one may just give it its name
+                shutil.rmtree(partial, ignore_errors=True)  # a full disk has room again
             raise
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        self._is_writing = True
+        try:
+            yield
+        finally:
+            self._is_writing = False
 
     # Between processes -------------------------------------------------------------------------
 
@@ -219,7 +241,8 @@ def _finish(partial: Path, checkpoint: Checkpoint) -> None:
 
 def _prune(folder: Path, keep: int) -> None:
     """Remove all but the newest checkpoints, and what processes that died have left."""
-    for path in [*candidates(folder)[keep:], *remains(folder)]:
+    left = [path for path in remains(folder) if path.name.startswith(STEP)]
+    for path in [*candidates(folder)[keep:], *left]:
         gone = path.with_name(f".{path.name}{PARTIAL}")
         os.rename(path, gone)  # never half a checkpoint under its name
         shutil.rmtree(gone, ignore_errors=True)

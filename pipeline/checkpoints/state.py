@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..batch_size.sampled import Sampled
+from ..corrections.basis_rotation import straighten
 from ..errors import InputError
 from ..gradient import Gradient
 from ..random_state import RandomState
@@ -39,6 +40,7 @@ def collect(engine: "Engine") -> dict[str, Any]:
         ],
         "counts": {name: getattr(stage, name) for name in COUNTS},
         "own": {name: get(getattr(stage, name)) for name in OWN},
+        "turned": [k for k, each in enumerate(stage.kit.corrections) if each.turns_moments],
         "sampled": tuple(stage.sampled),
         "random": (stage.random or RandomState.capture(stage.device)).state_dict(),
         "trained": engine.trained,
@@ -75,7 +77,7 @@ def recut(engine: "Engine", saved: Sequence[Mapping[str, Any]]) -> None:
     Args:
         saved: of each stage that there was.
     """
-    stage = engine.stage
+    stage, saved = engine.stage, [_straightened(each) for each in saved]
     _restore_optimizers(stage, saved)
     gradient = Gradient(measures=stage.gradient.measures)
     gradient.load_state_dict(saved[0]["own"]["gradient"], stage.device)
@@ -90,6 +92,15 @@ def recut(engine: "Engine", saved: Sequence[Mapping[str, Any]]) -> None:
         {**saved[0]["books"], "_numbers": engine.books.state_dict()["_numbers"]},
         torch.device("cpu"),
     )
+
+
+def _straightened(saved: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The same with optimizers as they are without what turns their moments."""
+    optimizers = saved["optimizers"]
+    for k in saved.get("turned", ()):
+        bases = saved["own"]["kit"]["corrections"][k]
+        optimizers = [{**each, "state": straighten(each["state"], bases)} for each in optimizers]
+    return {**saved, "optimizers": optimizers}
 
 
 def _restore_optimizers(stage: "Stage", saved: Sequence[Mapping[str, Any]]) -> None:

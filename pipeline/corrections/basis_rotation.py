@@ -19,7 +19,15 @@ from .correction import Correction
 if TYPE_CHECKING:
     from ..stage import Stage
 
-__all__ = ["BasisRotation", "follow_product", "refine", "rotate", "rotate_back", "rotates"]
+__all__ = [
+    "BasisRotation",
+    "follow_product",
+    "refine",
+    "rotate",
+    "rotate_back",
+    "rotates",
+    "straighten",
+]
 
 
 def follow_product(average: Tensor, product: Tensor, beta: float) -> Tensor:
@@ -52,6 +60,26 @@ def rotates(group: Mapping[str, Any]) -> bool:
     """Whether a parameter group of Adam's, AdamW's or NAdam's can be moved in another basis."""
     added = group["weight_decay"] and not group["decoupled_weight_decay"]
     return not added and not group.get("amsgrad")
+
+
+def straighten(state: Mapping[str, Any], bases: Mapping[str, Any]) -> dict[str, Any]:
+    """What an optimizer kept by its weights' names, with the moments in the weights' own axes
+    again: the first one is exact, the second as of elements that are independent.
+
+    Args:
+        bases: what a `BasisRotation` kept of the same weights.
+    """
+    straight = {}
+    for name, kept in state.items():
+        straight[name] = dict(kept)
+        if name in bases and "exp_avg" in kept:
+            left, right = bases[name]["left"], bases[name]["right"]
+            squares = rotate_back(kept["exp_avg_sq"], left.square(), right.square())
+            straight[name] |= {
+                "exp_avg": rotate_back(kept["exp_avg"], left, right),
+                "exp_avg_sq": squares,
+            }
+    return straight
 
 
 @dataclass

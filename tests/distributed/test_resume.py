@@ -2,6 +2,8 @@
 
 import os
 import random
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +15,13 @@ from torch import nn
 
 from headrace.pipeline import Link, Pipeline
 from headrace.pipeline.attempt import connect
-from headrace.pipeline.checkpoints import Checkpoint, Checkpoints, find_latest, load_weights
+from headrace.pipeline.checkpoints import (
+    Checkpoint,
+    Checkpoints,
+    files,
+    find_latest,
+    load_weights,
+)
 from headrace.pipeline.replicas import Allreduce, Downpour, Elastic, Hogwild, Replicas
 from headrace.pipeline.rules import Delayed
 
@@ -83,6 +91,34 @@ def test_the_store_does_not_grow_with_the_checkpoints(launcher: Launcher, tmp_pa
 
 
 # Replicas ------------------------------------------------------------------------------------
+
+
+def save_slowly(folder: str) -> None:
+    """Train with more checkpoints than a disk has time for."""
+    files.sync = slow(files.sync)  # type: ignore[assignment]
+    with Pipeline(
+        network(),
+        nn.MSELoss(),
+        partial(torch.optim.SGD, lr=0.02),
+        balance=SIZES[2],
+        timeout=(60, 4),
+    ) as pipe:
+        pipe.train(make_loader(3, 72), checkpoints=Checkpoints(folder, 8))
+
+
+def slow(sync: Callable[[Path], None]) -> Callable[[Path], None]:
+    def slowly(path: Path) -> None:
+        time.sleep(1.5)
+        sync(path)
+
+    return slowly
+
+
+def test_a_slow_disk_is_no_silence(launcher: Launcher, tmp_path: Path) -> None:
+    """The next checkpoint waits for it, and so does training."""
+    outcome = launcher.run(save_slowly, 2, str(tmp_path), seconds=100)
+    outcome.expect(0, 0)
+    assert find_latest(tmp_path)[0] is not None
 
 
 def replicated(

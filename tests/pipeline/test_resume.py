@@ -4,6 +4,7 @@ import os
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from headrace.pipeline import Pipeline
-from headrace.pipeline.checkpoints import Checkpoints
+from headrace.pipeline.checkpoints import Checkpoint, Checkpoints
+from headrace.pipeline.corrections import BasisRotation
+from headrace.pipeline.corrections.correction import Correction
 
 from ..distributed.training import CASES, SIZES
 from .helpers import assert_same, batches_of, momentum, tanh_net
@@ -90,3 +93,40 @@ def test_after_a_sigterm_the_report_is_of_the_whole_call(tmp_path: Path) -> None
         replace(report, seconds=0.0) for report in expected
     ]
     assert reports[0].samples == reports[1].samples == 70
+
+
+@pytest.mark.parametrize("again", ((1, [BasisRotation()]), (3, [BasisRotation()]), (2, [])))
+def test_moments_that_a_correction_turned(
+    again: tuple[int, list[Correction]], tmp_path: Path
+) -> None:
+    """On another cut, or without it, the first ones are Adam's own: averages of gradients, which
+    here are of weights that stand still.
+    """
+    data = batches_of(70, 10)
+
+    def built(stages: int, corrections: list[Correction]) -> Pipeline:
+        standing = partial(torch.optim.AdamW, lr=0.0)
+        return Pipeline(
+            tanh_net(0), nn.MSELoss(), standing, stages=stages,
+            balance="parameters", corrections=corrections,
+        )  # fmt: skip
+
+    def moments(pipe: Pipeline) -> dict[str, tuple[Tensor, Tensor]]:
+        pipe.save(tmp_path / "seen")
+        seen = Checkpoint.open(tmp_path / "seen")
+        states = [seen.state(f"stage-{j}")["optimizers"][0]["state"] for j in range(pipe.stages)]
+        return {n: (a["exp_avg"], a["exp_avg_sq"]) for each in states for n, a in each.items()}
+
+    with built(2, []) as plain, built(2, [BasisRotation()]) as turning:
+        for pipe in (plain, turning):
+            pipe.train(data)
+        turned, straight = moments(turning), moments(plain)
+        turning.save(tmp_path / "turned")
+    assert any(not torch.allclose(turned[n][0], straight[n][0]) for n in straight)
+    with built(*again) as pipe:
+        pipe.prepare(data)
+        pipe.load(tmp_path / "turned")
+        found = moments(pipe)
+    for name, (first, second) in straight.items():
+        torch.testing.assert_close(found[name][0], first, rtol=1e-9, atol=1e-12)
+        assert found[name][1].min() >= 0 and second.shape == found[name][1].shape
