@@ -3,6 +3,7 @@
 What torchrun restarts finds the run's folder in the store, where the first start has left it.
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from headrace.pipeline.checkpoints import Checkpoint, Checkpoints, find_latest
 from .config import Config, to_yaml
 from .ranks import hear, rank, recall, remember, tell
 from .run_files import new_folder
-from .strict_yaml import load
+from .strict_yaml import load, load_file
 
 __all__ = ["Beginning", "differences", "find_beginning", "plan_checkpoints", "run_folder"]
 
@@ -48,18 +49,28 @@ def find_beginning(config: Config) -> Beginning:
 
 
 def _look(config: Config) -> Beginning:
-    known = recall("folder")
-    if known is not None:
-        return Beginning(Path(known), _newest(Path(known)))
     resume = config.checkpoint.resume
-    if resume is None:
-        return Beginning()
-    if resume != "auto":
-        own = Path(resume) / PLACE
-        return Beginning(None, Checkpoint.open(own if own.is_dir() else resume).folder)
-    started = [path for path in RUNS.glob(f"{config.name}*") if _is_of(path.name, config.name)]
-    newest = max(started, key=_number, default=None)
-    if newest is None or (newest / "summary.json").exists():  # none, or it came to its end
+    known = recall("folder")
+    if known is not None:  # what it began from stays what it goes on from, until it has saved
+        return Beginning(Path(known), _newest(Path(known)) or _given(resume))
+    return _stopped(config.name) if resume == "auto" else Beginning(None, _given(resume))
+
+
+def _given(resume: str | None) -> Path | None:
+    """The checkpoint that `resume` names, if it names one."""
+    if resume is None or resume == "auto":
+        return None
+    own = Path(resume) / PLACE
+    return Checkpoint.open(own if own.is_dir() else resume).folder
+
+
+def _stopped(name: str) -> Beginning:
+    """The newest run of this name, if it did not come to its end."""
+    folders = RUNS.iterdir() if RUNS.is_dir() else ()
+    numbers = {path: number for path in folders if (number := _number(path, name))}
+    newest_first = sorted(numbers, key=numbers.__getitem__, reverse=True)
+    newest = next((path for path in newest_first if _name(path) == name), None)
+    if newest is None or (newest / "summary.json").exists():
         return Beginning()
     return Beginning(newest, _newest(newest))
 
@@ -77,14 +88,32 @@ def _newest(folder: Path) -> Path | None:
     return found.folder if found else None
 
 
-def _is_of(folder: str, name: str) -> bool:
-    rest = folder.removeprefix(name)
-    return not rest or (rest.startswith("-") and rest[1:].isdigit())
+def _number(folder: Path, name: str) -> int:
+    """Of the start of this name that such a folder was made for; 0 if it is no such folder."""
+    found = re.fullmatch(re.escape(name) + r"(?:-(\d+))?", folder.name)
+    return int(found[1] or 1) if found else 0
 
 
-def _number(folder: Path) -> int:
-    _, _, number = folder.name.rpartition("-")
-    return int(number) if number.isdigit() else 1
+def _name(folder: Path) -> Any:
+    """What the run in a folder is called: lr-10 may be a run lr-10, or the tenth of lr. None: it
+    ended before it had said so, or saved anything.
+
+    Raises:
+        ValueError: there are checkpoints, and nothing says whose.
+    """
+    file = folder / "config.yaml"
+    try:
+        config = load_file(file)
+    except ValueError:
+        config = None
+    if isinstance(config, dict) and "name" in config:
+        return config["name"]
+    if (folder / PLACE).exists():
+        raise ValueError(
+            f"{file} does not say which run the checkpoints beside it are of: give "
+            f"checkpoint.resume {folder} to go on from them, or move {folder} away"
+        )
+    return None
 
 
 def plan_checkpoints(config: Config, folder: Path | None) -> Checkpoints | None:

@@ -28,7 +28,7 @@ class RunFiles:
 
     def __init__(self, folder: Path, config: str, samples: int = 0, epochs: int = 0) -> None:
         self.folder = folder
-        (folder / "config.yaml").write_text(config, encoding="utf-8")
+        _replace(folder / "config.yaml", lambda path: path.write_text(config, encoding="utf-8"))
         _drop_later(folder / "metrics.jsonl", samples, epochs)
         self._metrics = (folder / "metrics.jsonl").open("a", encoding="utf-8")
         self._board = _tensorboard(folder, samples)

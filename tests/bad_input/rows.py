@@ -1339,6 +1339,16 @@ ROWS = (
         files={"bad/step/checkpoint.json": "{"},
     ),
     Row(
+        "checkpoints beside which there is no name",
+        (
+            "runs/tiny/config.yaml does not say which run the checkpoints beside it are of: give "
+            "checkpoint.resume runs/tiny to go on from them, or move runs/tiny away"
+        ),
+        command="train",
+        arguments="--checkpoint.resume auto",
+        files={"runs/tiny/checkpoints/step/checkpoint.json": "{}"},
+    ),
+    Row(
         "a checkpoint of a number of none",
         "keep=0: give a whole number >= 1",
         ValueError,

@@ -162,6 +162,33 @@ def test_torchrun_brings_a_killed_stage_back(
     assert steps[0] == sorted(steps[0]) and steps[0][-1] == steps[1][-1]
 
 
+def crash_before_saving(folder: str) -> None:
+    """The training command, from a checkpoint; in the first start stage 1 is killed early."""
+    if not Path("killed").exists() and os.environ["RANK"] == "1":
+        _after_updates(10, lambda: [Path("killed").touch(), os.kill(os.getpid(), signal.SIGKILL)])
+    train.main(FROM_OLD)
+
+
+FROM_OLD = ["--config", "digits", "--epochs", "2", "--checkpoint.every", "1000", "--name", "it"]
+FROM_OLD += ["--pipeline.balance", "[6, 5]", "--checkpoint.resume", "runs/old"]
+
+
+def test_a_stage_killed_before_the_first_checkpoint_goes_on_from_the_given_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    old = ["--epochs", "1", "--name", "old", "--checkpoint.resume", "null", "--stages", "2"]
+    train.main([*FROM_OLD, *old])
+    options = ("--standalone", "--max-restarts", "2")
+    job = torchrun(tmp_path, crash_before_saving, 2, "", options=options)
+    out, err = job.communicate(timeout=120)
+    assert job.returncode == 0, err
+    assert Path("killed").exists() and out.count("goes on in epoch 2") == 2, out
+    assert sorted(p.name for p in Path("runs").iterdir()) == ["it", "old"], "in the same folder"
+    train.main([*FROM_OLD, "--stages", "2"])  # in one process: the same numbers
+    assert_same(*(torch.load(f"runs/{run}/weights.pt") for run in ("it", "it-2")))
+
+
 def test_the_stages_that_are_left_go_on(tmp_path: Path) -> None:
     """Of two machines one is lost, with torchrun: the other meets with itself."""
     settings = "join_timeout=60,last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=2"
