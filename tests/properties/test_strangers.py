@@ -152,6 +152,29 @@ def test_strangers_who_say_anything(said: list[bytes]) -> None:
     far.close()
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        frame(Kind.BEAT, body=[None] * 5),
+        frame(Kind.BEAT, 1.0),
+        frame(Kind.BEAT, body=torch.ones(1)),
+    ],
+    ids=["a nest", "a number", "a tensor"],
+)
+def test_a_beat_says_nothing(said: bytes) -> None:
+    """They come as often as anybody likes, and nobody looks at what is in them."""
+    near, far = socket.socketpair()
+    lost: list[Exception] = []
+    inbox = SocketInbox(far, lambda: None, lost.append)
+    inbox.start()
+    near.sendall(frame(Kind.BEAT) + said)
+    near.shutdown(socket.SHUT_WR)
+    inbox.join(PATIENCE)
+    assert [str(error) for error in lost] == ["a beat that says something"]
+    near.close()
+    far.close()
+
+
 def memory() -> int:
     """Bytes that this process holds."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
