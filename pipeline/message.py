@@ -3,8 +3,8 @@
 A frame is a head (kind, micro-batch, numbers), notes on tensors that lie elsewhere, the body's
 layout (its structure, each tensor's dtype, shape and way), and the bytes of the small tensors, all
 but the last as int64s and doubles. A large tensor follows the frame, or lies where its note says.
-Nothing is pickled. From one micro-batch to the next the layout is the same: it is made and read
-once.
+Nothing is pickled. From one micro-batch to the next the layout is the same: unless it is very long,
+it is made and read once.
 """
 
 import ctypes
@@ -40,6 +40,11 @@ SMALL = 2048
 
 LONGEST_FRAME = 1 << 26
 """Bytes; it holds small tensors only, so a longer one is none."""
+
+REMEMBERED = 1 << 13
+"""Codes of a layout, beyond which it is made and read each time: who sends many is to fill no
+memory of ours with them.
+"""
 
 LARGEST_TENSOR = 1 << 60
 """Bytes, where an empty dimension counts as one: torch itself can make no larger one."""
@@ -163,7 +168,9 @@ def encode(
     kinds = tuple(
         [(t.dtype, t.layout, t.shape, t.requires_grad, t.device.type != "cpu") for t in tensors]
     )
-    layout = _lay_out(structure, kinds, place is not None)
+    codes_ = len(structure) + 4 * len(kinds) + sum([t.dim() for t in tensors])
+    lay_out = _remembered_lay_out if codes_ <= REMEMBERED else _lay_out
+    layout: _Layout = lay_out(structure, kinds, place is not None)
     notes: list[int] = []
     small: list[bytes] = []
     following: list[Tensor] = []
@@ -192,7 +199,6 @@ def encode(
     return frame, following
 
 
-@lru_cache(maxsize=256)
 def _lay_out(
     structure: Structure,
     kinds: tuple[tuple[torch.dtype, torch.layout, torch.Size, bool, bool], ...],
@@ -214,6 +220,9 @@ def _lay_out(
         flags = requires_grad + 2 * on_accelerator
         codes += [_CODES[dtype], flags, ways[-1], len(shape), *shape]
     return _Layout(structure, tuple(specs), tuple(ways), struct.pack(f"{len(codes)}q", *codes))
+
+
+_remembered_lay_out = lru_cache(maxsize=256)(_lay_out)
 
 
 def _fits(spec: TensorSpec) -> bool:
@@ -257,7 +266,8 @@ def decode(frame: bytearray) -> tuple[Message, Structure, list[Part]]:
     if not 0 <= kind < len(_KINDS) or last not in (0, 1):
         raise _no_frame(f"the kind {kind}, {last}")
     values = struct.unpack_from(f"{numbers_}d{notes_}q", frame, _HEAD.size)
-    layout = _read_layout(bytes(frame[start:place]))
+    read_layout = _remembered_layout if codes_ <= REMEMBERED else _read_layout
+    layout: _Layout = read_layout(bytes(frame[start:place]))
     if place + layout.small != len(frame) or notes_ != 4 * layout.notes:
         raise _no_frame(f"{len(frame) - place} bytes and {notes_} notes for its tensors")
     note = numbers_
@@ -283,7 +293,6 @@ def _filled_up(size: int) -> int:
     return size + -size % 8
 
 
-@lru_cache(maxsize=256)
 def _read_layout(codes: bytes) -> _Layout:
     row = memoryview(codes).cast("q")
     many = row[0] if len(row) else -1
@@ -302,6 +311,9 @@ def _read_layout(codes: bytes) -> _Layout:
         raise _no_frame(f"{len(row)} codes, of which {at} say something")
     small = sum(_filled_up(s.bytes) for s, w in zip(specs, ways, strict=True) if w == _IN_FRAME)
     return _Layout(structure, tuple(specs), tuple(ways), codes, small, ways.count(_NOTED))
+
+
+_remembered_layout = lru_cache(maxsize=256)(_read_layout)
 
 
 def _read_spec(row: memoryview, at: int) -> tuple[TensorSpec, int, int]:

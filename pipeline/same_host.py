@@ -28,6 +28,9 @@ __all__ = ["HostInbox", "HostOutbox", "meet_receiver", "meet_sender"]
 PACKET = 4096
 """Bytes of the longest frame that goes by the socket itself; a longer one lies in memory."""
 
+QUEUE = 8
+"""Connections that may wait at a receiver's socket: the sender's, and those of strangers."""
+
 Lost = Callable[[Exception], None]
 
 
@@ -137,6 +140,7 @@ def meet_receiver(
         if not address[0]:
             raise OSError("the receiver has no such socket")
         end = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        end.setblocking(False)  # strangers may fill the queue: nobody would make room in it
         end.connect(_name(address))
         note = memory.place(address)
     except (OSError, AttributeError):  # another host, or a system without such things
@@ -147,7 +151,6 @@ def meet_receiver(
         if end is not None:
             end.close()
         return None
-    end.setblocking(False)
     return HostOutbox(end, memory, recorder, work, lost)
 
 
@@ -158,7 +161,7 @@ def meet_sender(introduction: Introduction, lost: Lost) -> HostInbox | None:
     try:
         door = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         door.bind(_name(address))
-        door.listen(8)
+        door.listen(QUEUE)
         door.setblocking(False)
     except (OSError, AttributeError):
         address[0] = 0
@@ -187,13 +190,15 @@ def _accept_from(door: socket.socket, process: int) -> socket.socket:
     Raises:
         OSError: it is not among them.
     """
-    while True:
+    # It was there before the first is let in; the system lets one more wait than it is told.
+    for _ in range(QUEUE + 1):
         end, _ = door.accept()
         credentials = end.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
         peer, user, _ = _CREDENTIALS.unpack(credentials)
         if (peer, user) == (process, os.getuid()):
             return end
         end.close()
+    raise OSError("strangers stand at this socket, one after the other")
 
 
 _CREDENTIALS = struct.Struct("3i")

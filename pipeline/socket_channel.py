@@ -114,7 +114,8 @@ class SocketInbox(Receiver):
             while kind is not Kind.CLOSE:
                 self.make_room()
                 while (message := self._receive()).kind is Kind.BEAT:
-                    pass
+                    if message.body is not None or message.numbers:
+                        raise ValueError("a beat that says something")
                 kind = message.kind
                 self.put(message)
                 self._arrived()

@@ -14,6 +14,7 @@ from ..settings import Settings
 from .client import Client
 from .peers import Peers, Steps
 from .replicas import Meeting
+from .request import check_whole
 from .served import Served, check_number
 from .server import pack
 
@@ -116,6 +117,14 @@ class Centre:
 
     def leave(self, replica: int) -> None:
         """Nobody waits for anybody."""
+
+    def check(self, tensors: Mapping[str, Tensor], samples: int) -> None:
+        """Look at a replica's weights before the centre moves towards them.
+
+        Raises:
+            ValueError: they are not all there.
+        """
+        check_whole("PUSH", tensors, self.weights)
 
     def take(
         self, replica: int, tensors: dict[str, Tensor], samples: int, versions: list[int]

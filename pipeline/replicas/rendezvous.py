@@ -82,8 +82,14 @@ class Rendezvous:
         """Say where the server of a stage is."""
         self._store.set(f"server/{stage}", address)
 
+    def has_seated(self, replica: int) -> bool:
+        """Whether a replica has taken a seat; it may have left it since."""
+        return bool(self._store.check([f"replica/{replica}"]))
+
     def vacate(self, replica: int) -> None:
-        """Let somebody else have a replica's seat."""
+        """Let somebody else have a replica's seat, if it took one."""
+        if not self.has_seated(replica):  # to get what is not there would wait for it
+            return
         seat = bytes(self._store.get(f"replica/{replica}")).decode()
         self._store.compare_set(f"seat/{seat}", str(replica), "")
 

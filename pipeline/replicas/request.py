@@ -13,7 +13,7 @@ from torch import Tensor
 from ..message import Kind, Message
 from ..nest import describe
 
-__all__ = ["check_join", "most_bytes", "read_request", "unpack"]
+__all__ = ["check_join", "check_whole", "most_bytes", "read_request", "unpack"]
 
 _SILENT = (Kind.FETCH, Kind.ASK, Kind.CLOSE)
 _LARGEST_NUMBER = 2**53  # of those that a double holds exactly
@@ -65,8 +65,7 @@ def read_request(
         return unpack(body, weights)
     if kind is Kind.LOAD:
         tensors = unpack(body, weights)
-        if len(tensors) < len(weights):
-            raise ValueError("LOAD without all weights")
+        check_whole("LOAD", tensors, weights)
         return tensors
     lists = kind in (Kind.SETTLE, Kind.BUFFERS) and isinstance(body, list)
     if not (
@@ -75,6 +74,22 @@ def read_request(
     ):
         raise ValueError(f"{kind.name} with {describe(body)[:100]}, which no replica says")
     return {}
+
+
+def check_whole(name: str, tensors: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+    """Look whether weights are all there, and not in some of their rows alone.
+
+    Args:
+        name: of the message that has them.
+
+    Raises:
+        ValueError: they are not.
+    """
+    for each in weights:
+        if each not in tensors:
+            raise ValueError(f"{name} without all weights: {each!r} is missing")
+        if tensors[each].is_sparse:
+            raise ValueError(f"{name} without all weights: {each!r} is sparse")
 
 
 def _whole(message: Message, name: str, least: int, most: int | None) -> list[int]:

@@ -57,6 +57,7 @@ class Serves(Protocol):
 
     def enter(self, replica: int) -> None: ...
     def leave(self, replica: int) -> None: ...
+    def check(self, tensors: Mapping[str, Tensor], samples: int) -> None: ...
     def take(
         self, replica: int, tensors: dict[str, Tensor], samples: int, versions: list[int]
     ) -> None: ...
@@ -129,11 +130,13 @@ class Members:
         expected: those that train from the beginning, and settle together; None: each for itself.
         joined, left: called with the replica's number; `left` also with how it was lost, or None
             where it said goodbye.
+        seated: whether a replica of this number may be there, where nobody is expected.
     """
 
     expected: set[int] | None = None
     joined: Callable[[int], None] = lambda replica: None
     left: Callable[[int, Exception | None], None] = lambda replica, lost: None
+    seated: Callable[[int], bool] = lambda replica: True
     settled: set[int] = field(default_factory=set)
 
 
@@ -226,7 +229,7 @@ class Server:
                 client, error = item
                 if error is not None:
                     self._part(client, error)
-                elif (message := client.inbox.poll()) is not None:
+                elif (message := client.inbox.poll()) is not None and not client.gone:
                     self.handled += 1
                     self._hear(client, message)
                 self._answer()
@@ -242,14 +245,22 @@ class Server:
         tensors: dict[str, Tensor] = {}
         try:
             if client.replica < 0 and message.kind is not Kind.CLOSE:
-                there = [each.replica for each in self._clients]
-                client.replica = check_join(message, there, self.members.expected)
+                client.replica = self._admit(message)
             else:
                 tensors = read_request(message, self._like, self.shard.version)
+                if message.kind is Kind.PUSH:
+                    self.shard.check(tensors, int(message.numbers[0]))
         except ValueError as error:
             self._part(client, error)
         else:
             self._handle(client, message, tensors)
+
+    def _admit(self, message: Message) -> int:
+        there = [each.replica for each in self._clients]
+        number = check_join(message, there, self.members.expected)
+        if not self.members.seated(number):
+            raise ValueError(f"it joins as replica {number}, who has taken no seat")
+        return number
 
     def _handle(self, client: _Client, message: Message, tensors: dict[str, Tensor]) -> None:
         shard, replica = self.shard, client.replica

@@ -114,14 +114,13 @@ def serve(
         else:
             watch.fail_by(error, "serving weights")
         raise
-    statistics = servers[0].shard.statistics
+    servers[0].close()
     # The first rank's store must outlive what the others still say to it.
     watch.share(f"done/{world.rank}", "")
     for rank in range(stages):
         watch.learn(f"done/{rank}")
-    servers[0].close()
     watch.close()
-    return statistics
+    return servers[0].shard.statistics
 
 
 @dataclass
@@ -162,7 +161,7 @@ class _Job:
         host = own_address(split_address(self.store.address)[0])
         server = Server(
             shard,
-            Members(joined=self._joined, left=self._left),
+            Members(joined=self._joined, left=self._left, seated=self.store.has_seated),
             lambda error: self.watch.fail_by(error, f"serving the weights of stage {stage}"),
             host,
             checkpoint=checkpoint,

@@ -97,6 +97,15 @@ class Shard:
 
     # What they do ------------------------------------------------------------------------------
 
+    def check(self, gradients: Mapping[str, Tensor], samples: int) -> None:
+        """Look at a pushed gradient before it is taken in.
+
+        Raises:
+            ValueError: it is the mean over nothing.
+        """
+        if samples < 1:
+            raise ValueError(f"PUSH of a gradient over {samples} samples, and 1 is the least")
+
     def take(
         self,
         replica: int,

@@ -1,6 +1,8 @@
 """A message must come out of its frame as it went in, whatever it carries."""
 
 import math
+import tracemalloc
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 from torch import Tensor
 
 from headrace.pipeline.message import (
+    REMEMBERED,
     SMALL,
     Kind,
     Message,
@@ -96,6 +99,37 @@ def test_a_frame_may_be_long() -> None:
     message = Message(Kind.MICRO_BATCH, 7, numbers=tuple(map(float, range(900))), body=body)
     assert len(encode(message)[0]) > 10_000
     assert_same(travel(message), message)
+
+
+def test_a_layout_may_be_long() -> None:
+    for body in ([torch.ones(1), None] * REMEMBERED, torch.ones((1,) * (REMEMBERED + 1))):
+        message = Message(Kind.RESULT, body=body)
+        for _ in range(2):
+            assert_same(travel(message), message)
+
+
+def test_only_short_layouts_are_remembered() -> None:
+    """Of what a stranger sends, and of what is sent on to others."""
+
+    def write(size: int) -> bytearray:
+        return encode(Message(Kind.BUFFERS, body=[None] * size))[0]
+
+    assert kept([200 + k for k in range(10)], lambda size: decode(write(size))) > 10 * 1000
+    frames = [write(40_000 + k) for k in range(10)]
+    assert kept(frames, decode) < 1 << 20
+    assert kept([50_000 + k for k in range(10)], write) < 1 << 20
+
+
+def kept(inputs: list[Any], act: Callable[[Any], object]) -> int:
+    """Bytes that are still held when all this has been done."""
+    tracemalloc.start()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        for each in inputs:
+            act(each)
+        return tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
 
 
 def test_small_tensors_travel_in_the_frame_and_others_follow_it() -> None:

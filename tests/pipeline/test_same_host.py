@@ -3,14 +3,29 @@
 import os
 import secrets
 import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from queue import SimpleQueue
+from typing import Any
 
 import pytest
 import torch
 
 from headrace.pipeline.message import Kind, Message
 from headrace.pipeline.nest import flatten, leaves
-from headrace.pipeline.same_host import PACKET, HostInbox, HostOutbox, _accept_from
+from headrace.pipeline.same_host import (
+    PACKET,
+    QUEUE,
+    HostInbox,
+    HostOutbox,
+    _accept_from,
+    _name,
+    meet_receiver,
+    meet_sender,
+)
 from headrace.pipeline.shared_memory import SharedMemory
 from headrace.pipeline.timeline import Recorder, Work
 
@@ -123,3 +138,105 @@ def test_only_the_process_that_was_expected_is_let_in() -> None:
             with _accept_from(door, os.getpid()) as end:
                 end.send(b"x")
                 assert known.recv(1) == b"x"
+
+
+# Strangers at the socket while two ranks meet ----------------------------------------------------
+
+PATIENCE = 20.0
+
+
+class Talk:
+    """An introduction whose other half is in this process, too."""
+
+    def __init__(self, out: "SimpleQueue[int]", into: "SimpleQueue[int]") -> None:
+        self._out, self._into = out, into
+
+    def tell(self, *numbers: int) -> None:
+        for number in numbers:
+            self._out.put(int(number))
+
+    def hear(self, count: int) -> list[int]:
+        return [self._into.get(timeout=PATIENCE) for _ in range(count)]
+
+
+STRANGERS = """
+import socket, sys
+ends = []
+for _ in range(int(sys.argv[2])):
+    ends.append(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+    ends[-1].setblocking(False)
+    ends[-1].connect(bytes.fromhex(sys.argv[1]))
+print("there", flush=True)
+sys.stdin.read()
+"""
+"""Another process, for it is by that that they are told from the sender."""
+
+
+def meet(strangers: int) -> tuple[HostOutbox | None, HostInbox | None]:
+    """What both come to, where so many have found the receiver's socket before the sender."""
+    there: SimpleQueue[int] = SimpleQueue()
+    back: SimpleQueue[int] = SimpleQueue()
+    sender: Any = Talk(there, back)
+    receiver: Any = Talk(back, there)
+    found: dict[str, Any] = {}
+
+    def start(name: str, act: Callable[[], object]) -> threading.Thread:
+        thread = threading.Thread(target=lambda: found.update({name: act()}), daemon=True)
+        thread.start()
+        return thread
+
+    lost: Callable[[Exception], None] = lambda error: None  # noqa: E731
+    receives = start("inbox", lambda: meet_sender(receiver, lost))
+    address = sender.hear(2)
+    name = _name(torch.tensor(address))
+    command = [sys.executable, "-c", STRANGERS, name.hex(), str(strangers)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as others:
+        assert others.stdout is not None and others.stdout.readline() == b"there\n"
+        receiver.tell(*address)
+        sends = start("outbox", lambda: meet_receiver(sender, Recorder(), Work.SEND_DOWN, lost))
+        for thread in (sends, receives):
+            thread.join(PATIENCE)
+        others.communicate()
+    assert not (sends.is_alive() or receives.is_alive()), "they wait for ever"
+    return found["outbox"], found["inbox"]
+
+
+@pytest.mark.parametrize("strangers", [0, QUEUE])
+def test_among_strangers_two_ranks_meet(strangers: int) -> None:
+    outbox, inbox = meet(strangers)
+    assert outbox is not None and inbox is not None
+    assert inbox.poll() is None, "nobody waits for what has not come"
+    message = Message(Kind.RESULT, 1, body=torch.randn(100, 100))
+    for _ in range(2000):  # more than the socket holds, and none of these waits
+        outbox.send(Message(Kind.ECHO))
+    outbox.send(message)
+    assert not outbox.flush()
+    for _ in range(2000):
+        while inbox.poll() is None:
+            outbox.flush()
+    outbox.flush()
+    assert_same(inbox.poll(), message)
+
+
+def test_strangers_who_fill_the_socket_make_two_ranks_part() -> None:
+    """They go on over TCP; to wait for room would be for ever, since nobody is let in meanwhile."""
+    assert meet(QUEUE + 1) == (None, None)
+
+
+def test_strangers_who_come_one_after_the_other_are_not_let_in_for_ever() -> None:
+    ends: list[socket.socket] = []
+
+    class Besieged:
+        def accept(self) -> tuple[socket.socket, str]:
+            assert len(ends) < 100
+            near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            ends.append(far)
+            return near, ""
+
+    door: Any = Besieged()
+    with pytest.raises(OSError, match="strangers stand at this socket"):
+        _accept_from(door, os.getpid() + 1)
+    assert len(ends) == QUEUE + 1
+    for end in ends:
+        assert end.recv(1) == b""
+        end.close()

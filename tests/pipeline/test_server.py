@@ -145,12 +145,17 @@ def open_server() -> Iterator[Open]:
     places: list[Place] = []
 
     def start(
-        shard: Serves, expected: set[int] | None = None, *, fails: bool = False, **more: Any
+        shard: Serves,
+        expected: set[int] | None = None,
+        *,
+        fails: bool = False,
+        seated: Callable[[int], bool] = lambda replica: True,
+        **more: Any,
     ) -> Place:
         joined: queue.Queue[int] = queue.Queue()
         left: queue.Queue[tuple[int, bool]] = queue.Queue()
         failed: queue.Queue[Exception] = queue.Queue()
-        members = Members(expected, joined.put, lambda r, lost: left.put((r, lost is None)))
+        members = Members(expected, joined.put, lambda r, lost: left.put((r, lost is None)), seated)
         server = Server(shard, members, failed.put, **more)
         places.append(Place(server, joined, left, failed, []))
         allowed.append(fails)
@@ -463,6 +468,17 @@ def test_a_stranger_at_the_door_disturbs_nobody(open_server: Open) -> None:
     assert place.server.connected == 1 and place.joined.empty() and place.left.empty()
     place.meet(1)
     silent.close()
+
+
+def test_who_has_taken_no_seat_is_shown_the_door(open_server: Open) -> None:
+    place = open_server(make_shard(replicas=0), seated={3, 5}.__contains__)
+    (first,) = place.meet(3)
+    unseated = Replica(place.server.port, 12345)
+    place.replicas.append(unseated)
+    unseated.hear(Kind.CLOSE)
+    place.meet(5)
+    assert_same(first.fetch(), start_weights())
+    assert place.server.connected == 2 and place.joined.empty() and place.left.empty()
 
 
 def test_a_farewell_is_answered_and_told(open_server: Open) -> None:

@@ -6,25 +6,32 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from headrace.pipeline import door as door_module
 from headrace.pipeline.door import greet, listen
 from headrace.pipeline.errors import InputError
+from headrace.pipeline.grid import Grid
 from headrace.pipeline.message import LONGEST_FRAME, Kind, Message, Note, encode
+from headrace.pipeline.partition import LayerCost, Partition
+from headrace.pipeline.replicas import Downpour
 from headrace.pipeline.replicas.elastic import Centre
 from headrace.pipeline.replicas.rendezvous import Rendezvous
 from headrace.pipeline.replicas.request import check_join, most_bytes, read_request, unpack
-from headrace.pipeline.replicas.server import GREETING
+from headrace.pipeline.replicas.server import GREETING, Serves
+from headrace.pipeline.replicas.serving import _Job
+from headrace.pipeline.settings import Settings
 from headrace.pipeline.socket_channel import SocketInbox
 
 from ..distributed.ranks import free_port
@@ -33,6 +40,7 @@ from ..pipeline.test_server import (
     PATIENCE,
     Open,
     Place,
+    Replica,
     assert_same,
     gradients,
     make_shard,
@@ -78,6 +86,8 @@ SAID = {
     "not a number": GREETING + frame(Kind.JOIN, float("nan")),
     "infinity": GREETING + frame(Kind.JOIN, float("inf")),
     "a negative number": GREETING + frame(Kind.JOIN, -1),
+    "a number after nonsense": GREETING + frame(Kind.FETCH) + frame(Kind.JOIN, 1),
+    "a farewell after nonsense": GREETING + frame(Kind.FETCH) + frame(Kind.CLOSE),
     "a tensor elsewhere": GREETING
     + bytes(encode(Message(Kind.PUSH, body=torch.ones(900)), lambda _: Note(1, 2, 4096, 3))[0]),
 }
@@ -139,6 +149,29 @@ def test_strangers_who_say_anything(said: list[bytes]) -> None:
     assert not inbox.is_alive() and len(lost) == 1
     assert isinstance(lost[0], ValueError | EOFError) and str(lost[0])
     assert inbox.poll() is None
+    far.close()
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        frame(Kind.BEAT, body=[None] * 5),
+        frame(Kind.BEAT, 1.0),
+        frame(Kind.BEAT, body=torch.ones(1)),
+    ],
+    ids=["a nest", "a number", "a tensor"],
+)
+def test_a_beat_says_nothing(said: bytes) -> None:
+    """They come as often as anybody likes, and nobody looks at what is in them."""
+    near, far = socket.socketpair()
+    lost: list[Exception] = []
+    inbox = SocketInbox(far, lambda: None, lost.append)
+    inbox.start()
+    near.sendall(frame(Kind.BEAT) + said)
+    near.shutdown(socket.SHUT_WR)
+    inbox.join(PATIENCE)
+    assert [str(error) for error in lost] == ["a beat that says something"]
+    near.close()
     far.close()
 
 
@@ -242,7 +275,14 @@ NONSENSE: dict[str, tuple[Message, str]] = {
         Message(Kind.PUSH, numbers=(1.0, 0.0), body=[None, None, sparse(0)[:2]]),
         "for a sparse tensor",
     ),
-    "weights that are missing": (Message(Kind.LOAD, body=[None] * 3), "LOAD without all weights"),
+    "weights that are missing": (
+        Message(Kind.LOAD, body=[None] * 3),
+        "LOAD without all weights: 'large' is missing",
+    ),
+    "rows of a weight": (
+        Message(Kind.LOAD, body=[*[*start_weights().values()][:2], sparse(0)]),
+        "LOAD without all weights: 'table' is sparse",
+    ),
     "buffers that are none": (Message(Kind.SETTLE, body=[None]), "SETTLE with"),
     "no list of buffers": (Message(Kind.BUFFERS, body=torch.ones(2)), "BUFFERS with float32"),
     "a fetch of something": (Message(Kind.FETCH, body=torch.ones(2)), "FETCH with float32"),
@@ -268,6 +308,45 @@ def test_nonsense_ends_its_senders_connection_alone(open_server: Open) -> None:
         assert place.left.get(timeout=PATIENCE) == (k, False)
         assert_same(first.fetch(), start_weights())
     assert place.server.connected == 1
+
+
+UNFIT: dict[str, tuple[Callable[[], Serves], Message, str]] = {
+    "a gradient over nothing": (
+        lambda: make_shard(replicas=0),
+        Message(Kind.PUSH, numbers=(0.0, 0.0), body=[*start_weights().values()]),
+        "PUSH of a gradient over 0 samples, and 1 is the least",
+    ),
+    "no weight": (
+        lambda: Centre(0, start_weights(), 0.5),
+        Message(Kind.PUSH, numbers=(0.0, 0.0), body=[None] * 3),
+        "PUSH without all weights: 'large' is missing",
+    ),
+    "all weights but one": (
+        lambda: Centre(0, start_weights(), 0.5),
+        Message(Kind.PUSH, numbers=(0.0, 0.0), body=[*[*start_weights().values()][:2], None]),
+        "PUSH without all weights: 'table' is missing",
+    ),
+    "rows of a weight": (
+        lambda: Centre(0, start_weights(), 0.5),
+        Message(Kind.PUSH, numbers=(0.0, 0.0), body=[*[*start_weights().values()][:2], sparse(0)]),
+        "PUSH without all weights: 'table' is sparse",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_a_push_that_cannot_be_taken_in_ends_its_senders_connection_alone(
+    open_server: Open, name: str
+) -> None:
+    make, message, words = UNFIT[name]
+    told: list[str] = []
+    place = open_server(make())
+    place.server.members.left = lambda replica, lost: told.append(f"{replica}: {lost}")
+    first, bad = place.meet(0, 1)
+    bad.outbox.send(message)
+    bad.hear(Kind.CLOSE)
+    assert first.ask().updates == 0 and place.server.connected == 1
+    assert told == [f"1: {words}"]
 
 
 def test_a_fetch_before_an_offer_harms_no_centre(open_server: Open) -> None:
@@ -358,6 +437,52 @@ def test_garbage_at_the_store_harms_nobody(store: Rendezvous) -> None:
     assert other.take_seat("a model") == (1, 1, 2)
     for stranger in strangers:
         stranger.close()
+
+
+def test_nobodys_seat_is_vacated_at_once(store: Rendezvous) -> None:
+    """To wait for it would be the store's patience, and then an error."""
+    store.open(1, "a model")
+    assert not store.has_seated(12345)
+    store.vacate(12345)
+    assert store.take_seat("a model") == (0, 0, 1) and store.has_seated(0)
+    store.vacate(0)
+    assert store.take_seat("a model") == (1, 0, 1)
+
+
+def test_a_server_of_launch_serve_takes_in_who_has_a_seat(store: Rendezvous) -> None:
+    """A stranger who joins with any other number is not missed when it goes."""
+    layer = LayerCost("0", "Linear", 8)
+    store.open(1, "a model")
+    store.agree(Partition((layer,), (1,)))
+    watch: Any = SimpleNamespace(idle=lambda: None, silence=PATIENCE, fail_by=lambda *_: None)
+    said: list[str] = []
+    job = _Job(
+        Downpour(1, address=store.address),
+        Grid(1),
+        nn.Sequential(nn.Linear(3, 2)),
+        Settings(nn.MSELoss(), partial(torch.optim.SGD, lr=1.0)),
+        0,
+        store,
+        watch,
+        PATIENCE,
+        said.append,
+    )
+    server = job.start()
+    stranger = Replica(server.port, 12345)
+    stranger.hear(Kind.CLOSE)
+    stranger.socket.close()
+    assert not said and not job.attendance.came
+    number, *_ = store.take_seat("a model")
+    replica = Replica(server.port, number)
+    replica.send(Kind.FETCH)
+    replica.hear(Kind.WEIGHTS)
+    replica.close()
+    job.wait(server)
+    server.close()
+    assert said == [
+        "replica 0 has joined; 1 is training",
+        "replica 0 has finished; 0 are training",
+    ]
 
 
 def test_a_store_at_the_loopback_is_not_seen_elsewhere(store: Rendezvous) -> None:
