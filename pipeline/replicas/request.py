@@ -123,7 +123,7 @@ def unpack(body: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
             or tensor.dtype is not weight.dtype
         ):
             raise ValueError(f"{describe(item)} for the weight {name!r}, {describe(weight)}")
-        found[name] = tensor
+        found[name] = tensor.detach()  # what its sender thinks of gradients is not ours
     return found
 
 

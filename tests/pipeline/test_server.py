@@ -597,6 +597,12 @@ def dense(generator: torch.Generator) -> dict[str, Tensor]:
     return {name: value.to_dense() for name, value in gradients(generator).items()}
 
 
+def test_what_comes_has_no_graph() -> None:
+    """A centre that moved towards weights that ask for gradients would keep the way it came."""
+    (weight,) = unpack([torch.ones(2, requires_grad=True)], {"w": torch.zeros(2)}).values()
+    assert not weight.requires_grad
+
+
 def test_a_checkpoint_is_written_every_so_many_updates(open_server: Open, tmp_path: Path) -> None:
     """And what it holds is a shard that goes on to the same numbers."""
     checkpoint = noting(tmp_path / "to" / "be" / "made" / "stage-1.pt", 3)
