@@ -120,7 +120,8 @@ class Pipeline:
         seed: of the random state of the stages after the first (which lives on the global one),
             and of layers on the meta device; None is torch.initial_seed().
         on_nonfinite: 'stop' at the first loss or gradient that is not finite, or 'skip' its update.
-        timeout: seconds of silence after which the job ends, until the first update and after it.
+        timeout: seconds of silence after which the job ends, until the first update and after it;
+            the first are also how much later than another a rank may build its pipeline.
         emulated_link: makes every link between neighbours this slow, to see what one would do
             (torchrun only).
 
