@@ -121,6 +121,7 @@ class Blueprint:
         directly = self.rules[-1].synthesizes_inputs and self.grid.stages > 1
         if self.watch is None:
             return connect_locally(self.grid.stages, directly)
+        self.watch.await_all()
         links = connect(
             self.grid,
             self.device,

@@ -120,7 +120,8 @@ class Pipeline:
         seed: of the random state of the stages after the first (which lives on the global one),
             and of layers on the meta device; None is torch.initial_seed().
         on_nonfinite: 'stop' at the first loss or gradient that is not finite, or 'skip' its update.
-        timeout: seconds of silence after which the job ends, until the first update and after it.
+        timeout: seconds of silence after which the job ends, until the first update and after it;
+            the first are also how much later than another a rank may build its pipeline.
         emulated_link: makes every link between neighbours this slow, to see what one would do
             (torchrun only).
 
@@ -172,7 +173,7 @@ class Pipeline:
         self.notes: dict[str, Any] = {}
         """What the user wants to find again in a checkpoint: JSON's types; the first rank's."""
         self._course = Course()
-        self._pending: Checkpoint | None = None
+        self._pending: Restoring | None = None
         self._engines: list[Engine] = []
         self._links: list[Links] = []
         atexit.register(_end, weakref.ref(self))
@@ -447,16 +448,27 @@ class Pipeline:
             self._loads += 1
             found = find(path, self._watch, self.rank, self._loads)
             check_layers(found, [name for name, _ in self._model.named_children()])
-            self.notes = dict(found.notes)
-            self._pending = found
-            if self._driver is None and found.stages == self.stages:
-                sizes = [len(stage) for stage in found.layers]
-                self._adopt(self._blueprint.cut(sizes))
-            elif self._driver is not None:
-                self._take_up()
-            else:
-                self._course.position = found.position
+            self._go_on_from(found)
             return found.position
+
+    def _go_on_from(self, found: Checkpoint) -> None:
+        blueprint = self._blueprint
+        restoring = Restoring(
+            found, blueprint.kinds, self._grid, self._watch, blueprint.serves, self._loads
+        )
+        course = restoring.course if self.is_first else None
+        self.notes = dict(found.notes)
+        if self._driver is not None:
+            self._take_up(restoring)
+        else:
+            self._pending = restoring
+            if found.stages == self.stages:
+                self._adopt(blueprint.cut([len(stage) for stage in found.layers]))
+        # Before a cut by time, which comes with a mini-batch: by then the pass has begun.
+        self._course.position = Position(found.position.epochs)
+        if course is not None:
+            self._course.load_state_dict(course, restoring.share)
+        self._keeper.skip()
 
     @property
     def position(self) -> Position:
@@ -640,19 +652,15 @@ class Pipeline:
                 self._course.begin(loader)
             batches = read(loader, pairs_only)
             if trains:
-                batches = self._course.find(deal(batches, loader, self._grid))
-            first = next(batches, None)
-            if first is None:  # a checkpoint was made at the very end of a pass
-                if self.partition is None:
-                    raise InputError(
-                        "the checkpoint was made at the end of a pass, so there is no mini-batch "
-                        "to measure the layers on: call prepare(loader) first, or write another "
-                        "balance than 'time'"
-                    )
-                return iter(())
-            if self.partition is None:
+                batches = deal(batches, loader, self._grid)
+            if self.partition is None:  # on the pass's first, wherever in it training goes on
+                first = next(batches)
                 self._adopt(self._blueprint.cut_by_time(first if self.rank == 0 else None))
-            return itertools.chain([first], batches)
+                batches = itertools.chain([first], batches)
+            if trains:
+                batches = self._course.find(batches)
+            first_of_call = [*itertools.islice(batches, 1)]  # none is left at the end of a pass
+            return itertools.chain(first_of_call, batches)
 
     def _adopt(self, cut: Partition) -> None:
         """Build this process's part of the pipeline, cut like this."""
@@ -662,15 +670,14 @@ class Pipeline:
         if self.is_server:
             self._driver = self._blueprint.serve(cut)
             self._driver.saver = self._keeper.keep_server
-            if self._pending is not None:
-                self._take_up()
-            return
-        self._engines = self._blueprint.build(cut, self._links, self._source)
-        for engine in self._engines:
-            engine.saver = self._keeper.keep
-        self._driver = self._drive(self._engines, self._source)
-        if self._pending is not None:
-            self._take_up()
+        else:
+            self._engines = self._blueprint.build(cut, self._links, self._source)
+            for engine in self._engines:
+                engine.saver = self._keeper.keep
+            self._driver = self._drive(self._engines, self._source)
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            self._take_up(pending)
 
     def _drive(self, engines: Sequence[Engine], source: Source) -> Driver:
         if self._watch is None:
@@ -699,29 +706,15 @@ class Pipeline:
         self.close()
         raise SystemExit(0)
 
-    def _take_up(self) -> None:
-        """Be what the checkpoint at hand is of."""
-        found, self._pending = self._pending, None
-        assert found is not None and self.partition is not None
-        restoring = Restoring(
-            found,
-            self.partition,
-            self._blueprint.kinds,
-            self._grid,
-            [engine.stage.index for engine in self._engines],
-            self._watch,
-            self._blueprint.serves,
-            self._loads,
-        )
+    def _take_up(self, restoring: Restoring) -> None:
+        """Have the stages be what a checkpoint is of."""
+        assert self.partition is not None
+        restoring.fit(self.partition, [engine.stage.index for engine in self._engines])
         for engine in self._engines:
             engine.restoring = restoring
         if isinstance(self._driver, Serving):
             self._driver.restoring = restoring.restore_server
         self._run(Call.RESTORE)
-        self._course.position = Position(found.position.epochs)
-        if self.is_first:
-            self._course.load_state_dict(restoring.course, restoring.share)
-        self._keeper.skip()
         if not restoring.is_same:
             if self._tunes and self.is_first:
                 self._tune_at = self._engines[0].trained + TUNE_AT

@@ -90,6 +90,7 @@ class Watch:
         self._store = PrefixStore(f"headrace/{job}", mine)
         self._rank, self._timeout, self._pulse = rank, timeout, pulse
         self.names = names
+        self._beats = [f"beat/{each}" for each in range(len(names))]
         self._interval = min(0.5, min(timeout) / 5)
         self._lock = threading.RLock()
         self._closed = threading.Event()
@@ -143,6 +144,16 @@ class Watch:
         """
         if self.failure is not None:
             raise SystemExit(self.failure.code)
+
+    def await_all(self) -> None:
+        """Wait until every rank watches: here a signal is heard, in the backend's waiting none is.
+
+        Raises:
+            SystemExit: one does not come, or fails.
+        """
+        while not self._store.check(self._beats):
+            self.bell.wait(0.01)
+            self.check()
 
     def share(self, key: str, text: str) -> None:
         """Tell all ranks something."""
@@ -282,8 +293,7 @@ class Watch:
     # Beats -------------------------------------------------------------------------------------
 
     def _beat(self) -> None:
-        seen = _Seen(len(self.names))
-        keys = [f"beat/{rank}" for rank in range(len(self.names))]
+        seen = _Seen(self._rank, len(self.names))
         count = 0
         while not self._closed.is_set():
             count += 1
@@ -293,9 +303,8 @@ class Watch:
                     self.stop_requested = True
                 if self._store.check(["failure"]):
                     self._heed()
-                elif self._store.check(keys):
-                    beats = [json.loads(bytes(b)) for b in self._store.multi_get(keys)]
-                    limit = self._timeout[pulse.trained]
+                else:
+                    beats, limit = self._read_beats(), self._timeout[pulse.trained]
                     trouble = seen.trouble(beats, limit, self.names) or self._find_dead(beats)
                     if trouble:
                         self.fail(trouble, code=1)
@@ -326,9 +335,20 @@ class Watch:
         self._store.set(f"beat/{self._rank}", json.dumps(beat))
         return pulse
 
-    def _find_dead(self, beats: list[list[Any]]) -> str | None:
+    def _read_beats(self) -> "list[_Beat | None]":
+        """Each rank's latest; None of one that has not built this pipeline."""
+        keys = self._beats
+        if not self._store.check(keys):
+            keys = [key for key in keys if self._store.check([key])]
+        found = dict(zip(keys, self._store.multi_get(keys), strict=True))
+        return [json.loads(bytes(found[k])) if k in found else None for k in self._beats]
+
+    def _find_dead(self, beats: "list[_Beat | None]") -> str | None:
         """A process of this machine that has ended: no link tells, while its inbox is full."""
-        for rank, (count, *_, process, sees) in enumerate(beats):
+        for rank, beat in enumerate(beats):
+            if beat is None:
+                continue
+            count, *_, process, sees = beat
             if count != CLOSED and sees and sees == self._sees and not _runs(process):
                 last = json.loads(bytes(self._store.get(f"beat/{rank}")))
                 if last[0] != CLOSED:
@@ -435,33 +455,52 @@ def _runs(process: int) -> bool:
     return True
 
 
-class _Seen:
-    """When each rank last beat, and when any last moved."""
+_Beat = list[Any]
+"""A count, what a `Pulse` has but `trained`, the host, the process, and what it sees."""
 
-    def __init__(self, ranks: int) -> None:
+
+class _Seen:
+    """When each rank last beat, and when any last moved.
+
+    Args:
+        own: this rank.
+    """
+
+    def __init__(self, own: int, ranks: int) -> None:
         now = time.monotonic()
+        self._own = own
         self._counts: list[Any] = [None] * ranks
         self._heard = [now] * ranks
         self._progress: list[Any] = []
         self._moved = now
 
-    def trouble(self, beats: list[list[Any]], limit: float, names: list[str]) -> str | None:
-        """Say which rank has been silent, or that none has moved, for longer than the limit."""
+    def trouble(self, beats: list[_Beat | None], limit: float, names: list[str]) -> str | None:
+        """Say which rank has been silent, or has not come, or that none has moved, for longer than
+        the limit.
+        """
         now = time.monotonic()
-        for rank, (count, *_) in enumerate(beats):
-            if count != self._counts[rank]:
-                self._counts[rank], self._heard[rank] = count, now
-        progress = [beat[1] for beat in beats]
-        if progress != self._progress or not all(waiting for _, _, waiting, *_ in beats):
+        for rank, beat in enumerate(beats):
+            if beat is not None and beat[0] != self._counts[rank]:
+                self._counts[rank], self._heard[rank] = beat[0], now
+        there = [beat for beat in beats if beat is not None]
+        all_wait = len(there) == len(beats) and all(waiting for _, _, waiting, *_ in there)
+        progress = [beat[1] for beat in there]
+        if progress != self._progress or not all_wait:
             self._progress, self._moved = progress, now
-        for rank, heard in enumerate(self._heard):
-            if now - heard > limit and beats[rank][0] != CLOSED:
-                host, pid, _ = beats[rank][4:]
+        for rank, (heard, beat) in enumerate(zip(self._heard, beats, strict=True)):
+            if now - heard > limit and beat is None:
+                return (
+                    f"{names[rank]} has not built this pipeline for {now - heard:.0f} s, and "
+                    f"{names[self._own]} has: every rank must make the same calls in the same "
+                    "order; if it only takes longer until then, write a longer timeout="
+                )
+            if now - heard > limit and beat is not None and beat[0] != CLOSED:
+                host, pid, _ = beat[4:]
                 return (
                     f"{names[rank]} has been silent for {now - heard:.0f} s (process {pid} on "
                     f"{host}): it was stopped, or its machine is out of reach"
                 )
-        if now - self._moved > limit and any(beat[0] != CLOSED for beat in beats):
-            states = "; ".join(f"{n}: {b[3]}" for n, b in zip(names, beats, strict=True))
+        if now - self._moved > limit and any(beat[0] != CLOSED for beat in there):
+            states = "; ".join(f"{n}: {b[3]}" for n, b in zip(names, there, strict=True))
             return f"no stage has made progress for {now - self._moved:.0f} s: {states}"
         return None

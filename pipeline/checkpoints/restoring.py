@@ -24,11 +24,10 @@ OTHER = {
 
 
 class Restoring:
-    """A checkpoint on its way into the stages of this process.
+    """A checkpoint on its way into the stages of this process, which may be yet to be cut.
 
     Args:
-        cut, kinds: of the pipeline that is to go on from it.
-        stages: those in this process.
+        kinds: of the pipeline that is to go on from it.
         watch, has_servers: as for a `Keeper`.
         number: of the checkpoints loaded before.
     """
@@ -36,28 +35,45 @@ class Restoring:
     def __init__(
         self,
         found: Checkpoint,
-        cut: Partition,
         kinds: dict[str, Any],
         grid: Grid,
-        stages: Sequence[int],
         watch: "Watch | None",
         has_servers: bool,
         number: int,
     ) -> None:
         self._found, self._grid, self._kinds = found, grid, kinds
         self._watch, self._has_servers, self._number = watch, has_servers, number
-        layers = [[layer.name for layer in stage] for stage in cut.stages]
-        self.is_same = layers == found.layers and kinds == found.kinds
-        alike = found.replicas == grid.replicas and not grid.is_server
-        replica = grid.replica if alike else 0
-        wanted = stages if self.is_same or not stages else range(found.stages)
-        self._states = {j: found.state(label(replica, found.replicas, j)) for j in wanted}
+        self.is_same = False
+        self._states: dict[int, Any] = {}
         # Of a first stage's course through its data there are fewer turns where there are replicas.
         self.share = found.replicas / grid.replicas
+
+    def fit(self, cut: Partition, stages: Sequence[int]) -> None:
+        """Read what a cut asks for.
+
+        Args:
+            stages: those in this process.
+
+        Raises:
+            CheckpointError: a file is damaged.
+        """
+        found = self._found
+        layers = [[layer.name for layer in stage] for stage in cut.stages]
+        self.is_same = layers == found.layers and self._kinds == found.kinds
+        wanted = stages if self.is_same or not stages else range(found.stages)
+        self._states = {j: self._state(j) for j in wanted}
+
+    def _state(self, stage: int) -> Any:
+        if stage in self._states:
+            return self._states[stage]
+        found, grid = self._found, self._grid
+        alike = found.replicas == grid.replicas and not grid.is_server
+        return found.state(label(grid.replica if alike else 0, found.replicas, stage))
 
     @property
     def course(self) -> Any:
         """The state of the first stage's course through its data; it knows."""
+        self._states[0] = self._state(0)
         return self._states[0]["course"]
 
     def __call__(self, engine: "Engine") -> None:

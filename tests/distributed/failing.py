@@ -33,6 +33,7 @@ __all__ = [
     "misfortune_unlocked",
     "rank",
     "ranks",
+    "two_pipelines",
     "while_connecting",
     "with_workers",
 ]
@@ -200,6 +201,23 @@ def at_rest(plan: Plan) -> None:
     if rank() == plan.stage:
         do(plan.deed)
     time.sleep(100)
+
+
+def two_pipelines(plan: Plan) -> None:
+    """One after the other; in between, the stage does its deed."""
+    with build(plan) as pipe:
+        pipe.train(batches(20))
+    if rank() == plan.stage:
+        do(plan.deed)
+    threading.Thread(target=_mark_watching, daemon=True).start()
+    with build(plan) as pipe:
+        pipe.train(batches(20))
+
+
+def _mark_watching() -> None:
+    while signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        time.sleep(0.01)
+    Path(f"again{rank()}").touch()
 
 
 def while_connecting(plan: Plan) -> None:

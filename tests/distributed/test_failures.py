@@ -9,7 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from .failing import FLAG, NAP, Plan, at_rest, busy_then_dead, misfortune, while_connecting
+from .failing import (
+    FLAG,
+    NAP,
+    Plan,
+    at_rest,
+    busy_then_dead,
+    misfortune,
+    two_pipelines,
+    while_connecting,
+)
 from .ranks import TRANSPORTS, Job, Launcher, Outcome
 
 pytestmark = pytest.mark.timeout(120)
@@ -161,6 +170,35 @@ def test_stopped_and_continued_too_late(launcher: Launcher) -> None:
     expect_end(job.wait(10), 1, 1, r"has been silent for \d s")
 
 
+@pytest.mark.parametrize("deed", ["exit", "sleep"])
+def test_a_rank_that_does_not_build_the_next_pipeline(launcher: Launcher, deed: str) -> None:
+    """It has ended, or is elsewhere: the others do not wait for longer than they would at first."""
+    jobs = [
+        launcher.start(two_pipelines, 3, Plan(deed, k, "between", timeout=(8, 60))) for k in STAGES
+    ]
+    for stage, job in enumerate(jobs):
+        others = [rank for rank in STAGES if rank != stage]
+        outcome = job.wait(45, others)
+        assert [outcome.codes[rank] for rank in others] == [1, 1], f"{outcome}"
+        assert re.match(
+            rf"headrace: {re.escape(name(stage))} has not built this pipeline for \d+ s, and "
+            r"stage \d of 3 \(rank \d\) has: every rank must make the same calls",
+            outcome.report,
+        ), f"{outcome}"
+        assert min(outcome.ended[k] for k in others) - (job.folder / FLAG).stat().st_mtime > 4
+
+
+def test_who_waits_for_another_to_build_the_next_pipeline_hears_a_signal(
+    launcher: Launcher,
+) -> None:
+    job = launcher.start(two_pipelines, 2, Plan("sleep", 0, "between"))
+    job.wait_for("again1")
+    job.signal(signal.SIGTERM, [1])
+    outcome = job.wait(30, [1])
+    assert outcome.codes[1] == 128 + signal.SIGTERM, f"{outcome}"
+    assert outcome.report == "headrace: stopped by SIGTERM"
+
+
 SLOW = {
     "the loader, at first": Plan("nap", 0, "loader", 0, timeout=(2, 2)),
     "the loader, later": Plan("nap", 0, "loader", 9, timeout=(2, 2)),
@@ -180,6 +218,17 @@ def test_slow_is_not_dead(launcher: Launcher) -> None:
         assert outcome.codes == [0, 0], f"{what} took {NAP} s:\n{outcome}"
         assert not outcome.reports, what
         assert Path(job.folder / FLAG).exists(), what
+
+
+def test_slow_to_build_the_next_pipeline(launcher: Launcher) -> None:
+    """Within what is allowed until the first update."""
+    jobs = [
+        launcher.start(two_pipelines, 3, Plan("nap", k, "between", timeout=(60, 2))) for k in STAGES
+    ]
+    for job in jobs:
+        outcome = job.wait()
+        outcome.expect(0, 0, 0)
+        assert not outcome.reports
 
 
 def test_the_store_is_gone(launcher: Launcher) -> None:

@@ -25,7 +25,7 @@ from headrace.pipeline.checkpoints import (
 from headrace.pipeline.replicas import Allreduce, Downpour, Elastic, Hogwild, Replicas
 from headrace.pipeline.rules import Delayed
 
-from ..pipeline.helpers import assert_same
+from ..pipeline.helpers import assert_close, assert_same, tanh_net
 from ..pipeline.resuming import Ending, go_on, make_loader
 from .ranks import Launcher
 from .training import SIZES, network
@@ -64,6 +64,39 @@ def test_on_ranks_as_in_one_process(launcher: Launcher, tmp_path: Path) -> None:
         crossed = go_on(name, SIZES[2], Checkpoints(place / "cross", 4, keep=9), start, seed=8)
         assert_same(crossed.weights, alone.weights)
         assert find_latest(place / "again")[0] is not None
+
+
+def measured(folder: str, start: str | None, stages: int | None = None) -> dict[str, Any]:
+    """Two passes under a flush, with a cut by time, which changes no number."""
+    torch.manual_seed(8 if start else 3)
+    random.seed(1)
+    optimizer = partial(torch.optim.SGD, lr=0.02, momentum=0.9)
+    with Pipeline(
+        tanh_net(8 if start else 3, torch.float32),
+        nn.MSELoss(),
+        optimizer,
+        schedule="1f1b",
+        stages=stages,
+    ) as pipe:
+        if start is not None:
+            pipe.load(start)
+        while pipe.position.epochs < 2:
+            pipe.train(make_loader(3), checkpoints=Checkpoints(folder, 5, keep=9))
+        return {"weights": pipe.state_dict(), "position": pipe.position}
+
+
+def test_other_ranks_with_a_cut_that_is_yet_to_be_measured(
+    launcher: Launcher, tmp_path: Path
+) -> None:
+    """The first stage knows the place before any has its layers: no mini-batch goes in twice."""
+    whole = measured(str(tmp_path / "saved"), None, 3)
+    start = tmp_path / "saved/step-00000005"
+    outcome = launcher.run(measured, 2, str(tmp_path / "again"), str(start))
+    outcome.expect(0, 0)
+    assert outcome.results[0]["position"] == whole["position"]
+    for rank in outcome.results:
+        assert rank["position"].epochs == 2
+        assert_close(rank["weights"], whole["weights"], 1e-6)
 
 
 def count_keys(folder: str) -> list[int]:

@@ -2,10 +2,11 @@
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,8 +19,8 @@ from headrace.pipeline.corrections import BasisRotation
 from headrace.pipeline.corrections.correction import Correction
 
 from ..distributed.training import CASES, SIZES
-from .helpers import assert_same, batches_of, momentum, tanh_net
-from .resuming import run_all
+from .helpers import assert_close, assert_same, batches_of, momentum, tanh_net
+from .resuming import make_loader, run_all
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -64,6 +65,45 @@ def test_persistent_workers(tmp_path: Path, measures: bool) -> None:
     assert len(starts) == 2, "one in each of two passes"
     for k, start in enumerate(starts):
         assert_same(run(2 + k, start), whole)
+
+
+LOADERS: dict[str, Callable[[], Iterable[Any]]] = {
+    "loader": lambda: make_loader(3),
+    "generator": lambda: (batch for batch in make_loader(3)),
+}
+FIRST_CALLS: dict[str, Callable[[Pipeline], Any]] = {
+    "train": lambda pipe: None,
+    "prepare": lambda pipe: pipe.prepare(make_loader(5)),
+    "evaluate": lambda pipe: pipe.evaluate(make_loader(5)),
+}
+
+
+@pytest.mark.parametrize("every", (5, 7), ids=("in a pass", "at its end"))
+@pytest.mark.parametrize("first", FIRST_CALLS)
+@pytest.mark.parametrize("kind", LOADERS)
+def test_with_a_cut_that_is_yet_to_be_measured(
+    tmp_path: Path, kind: str, first: str, every: int
+) -> None:
+    """The place is known before the stages are; under a flush the cut changes no number."""
+
+    def run(stages: int, start: Path | None, plan: Checkpoints) -> tuple[int, dict[str, Tensor]]:
+        torch.manual_seed(8 if start else 3)
+        net = tanh_net(8 if start else 3, torch.float32)
+        with Pipeline(net, nn.MSELoss(), momentum, stages=stages, schedule="1f1b") as pipe:
+            if start is not None:
+                pipe.load(start)
+                FIRST_CALLS[first](pipe)
+            while pipe.position.epochs < 2:
+                pipe.train(LOADERS[kind](), checkpoints=plan)
+            return pipe.position.total, pipe.state_dict()
+
+    total, weights = run(3, None, Checkpoints(tmp_path / "saved", every, keep=9))
+    start, after = sorted((tmp_path / "saved").iterdir())
+    assert total == 14 and start.name == f"step-{every:08d}"
+    total, again = run(2, start, Checkpoints(tmp_path / "again", every, keep=9))
+    assert total == 14
+    assert_close(again, weights, 1e-6)
+    assert [path.name for path in (tmp_path / "again").iterdir()] == [after.name]
 
 
 def test_after_a_sigterm_the_report_is_of_the_whole_call(tmp_path: Path) -> None:
