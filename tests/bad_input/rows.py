@@ -673,13 +673,23 @@ ROWS = (
         ),
     ),
     Row(
-        "two corrections that predict",
+        "the same correction twice",
         (
-            "pipeline.corrections has WeightPrediction and WeightPrediction, which both "
-            "predict the weights: leave out all but one"
+            "pipeline.corrections has weight_prediction and weight_prediction, which are the "
+            "same: leave out all but one"
         ),
         command="train",
         arguments="--pipeline.corrections [weight_prediction,weight_prediction]",
+    ),
+    Row(
+        "a correction that undoes one that `auto` chooses",
+        (
+            "pipeline.corrections has spike_compensation (chosen by auto) and "
+            "asynchronous_nesterov, which both change how momentum steps, Nesterov's way or "
+            "another: leave out all but one"
+        ),
+        command="train",
+        arguments="--pipeline.corrections [auto,asynchronous_nesterov]",
     ),
     Row(
         "basis rotation of SGD",
