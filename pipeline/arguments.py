@@ -119,7 +119,7 @@ def check_fits_depths(
     corrections: Sequence[Correction],
     schedule: Schedule,
     depths: Sequence[int],
-    update_every: int,
+    update_every: int | None,
     tunes: bool,
 ) -> None:
     """Refuse corrections that so many micro-batches in flight leave undefined."""

@@ -231,7 +231,8 @@ class Pipeline:
             check_fitting(own.corrections, rules, order)
             if replicas is not None:
                 check_shared(corrections, replicas, own.corrections)
-            check_fits_depths(own.corrections, order, depths, update_every, self._tunes)
+            every = None if batch_size else update_every
+            check_fits_depths(own.corrections, order, depths, every, self._tunes)
             self._blueprint = Blueprint(
                 model,
                 self._grid,

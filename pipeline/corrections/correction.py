@@ -63,12 +63,12 @@ class Correction(Stateful):
         home, _, file = type(self).__module__.rpartition(".")
         return file if home == __package__ else type(self).__name__
 
-    def check(self, depths: Sequence[int], update_every: int) -> None:
+    def check(self, depths: Sequence[int], update_every: int | None) -> None:
         """Refuse a pipeline for which it is not defined.
 
         Args:
             depths: each stage's micro-batches in flight behind a forward.
-            update_every: micro-batches to an update.
+            update_every: micro-batches to an update; None where `batch_size` decides.
 
         Raises:
             ValueError: with the reason and what to write instead.

@@ -711,6 +711,21 @@ ROWS = (
         arguments="--stages 5 --pipeline.balance [2,1,1,1,1] --pipeline.corrections two_versions",
     ),
     Row(
+        "two versions beside a batch in samples",
+        (
+            "pipeline.corrections has two_versions, which must know how many micro-batches an "
+            "update has, and pipeline.batch_size is in samples: leave two_versions out (without "
+            "it, too, nothing is more than 1 update late while an update has 4 micro-batches or "
+            "more), or write pipeline.update_every: 4 in place of pipeline.batch_size"
+        ),
+        command="train",
+        arguments=(
+            "--stages 5 --pipeline.balance [2,1,1,1,1] --pipeline.corrections two_versions "
+            "--pipeline.batch_size.class_path steps --pipeline.batch_size.init_args.sizes "
+            "[32,64] --pipeline.batch_size.init_args.at [1]"
+        ),
+    ),
+    Row(
         "a growing batch beside a constant one",
         (
             "pipeline.update_every: 2 beside pipeline.batch_size: both say when an update is "
