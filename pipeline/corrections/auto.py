@@ -28,6 +28,7 @@ class Auto(Correction):
     """
 
     at_servers = False
+    changes_law = False
 
     def choose(
         self, late: bool, rule: "Rule", optimizers: Sequence[Optimizer]

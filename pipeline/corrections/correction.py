@@ -51,6 +51,9 @@ class Correction(Stateful):
     keeps_last = False
     """Whether it needs to know what the last update did; see `after_update`."""
 
+    changes_law = True
+    """Whether it changes what a delay does to the largest stable learning rate."""
+
     synchronous = 0
     """Updates, from the first one, before which nothing may be late."""
 

@@ -18,6 +18,7 @@ class TwoVersions(Correction):
     """
 
     at_servers = False
+    changes_law = False
 
     def check(self, depths: Sequence[int], update_every: int | None) -> None:
         if update_every is None and depths[0] > 1:
