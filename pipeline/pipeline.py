@@ -593,6 +593,13 @@ class Pipeline:
         return self._engines[0].depths if self._engines else self._blueprint.depths
 
     @property
+    def chosen(self) -> dict[int, tuple[str, ...]]:
+        """The corrections that `Auto` has chosen, by name, for each stage of this process; empty
+        before the stages are built.
+        """
+        return {engine.stage.index: engine.stage.kit.chosen for engine in self._engines}
+
+    @property
     def stability(self) -> Stability | None:
         """What the delay leaves of the largest stable learning rate, at the stalest stage of this
         process that trains; what `slack='auto'` begins with, before it has measured.

@@ -48,6 +48,11 @@ class Kit(Stateful):
             _attach(correction, stage)
 
     @property
+    def chosen(self) -> tuple[str, ...]:
+        """The names of those that others chose in their place."""
+        return tuple(correction.name for correction in self.corrections if correction.chosen_by)
+
+    @property
     def synchronous(self) -> int:
         """Updates, from the first one, before which nothing may be late."""
         return max((correction.synchronous for correction in self.corrections), default=0)
