@@ -25,6 +25,7 @@ from .assemble import (
     make_settings,
 )
 from .config import Config
+from .wording import in_yaml
 
 __all__ = ["foresee", "look_ahead"]
 
@@ -100,4 +101,4 @@ def _say(law: Stability | None) -> Text | None:
 
 
 def _warn(words: str) -> Text:
-    return Text(f"warning: {words}", style="yellow")
+    return Text(f"warning: {in_yaml(words)}", style="yellow")

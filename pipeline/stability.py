@@ -191,8 +191,8 @@ WARN_AT = 5.0
 """Of `Stability.plain_factor`; three updates' delay with momentum 0.9 have 5.7."""
 
 ADVICE = (
-    "lower the learning rate or the momentum, or write corrections=[LearningRate('inverse')], a "
-    "larger update_every or rule=Delayed('predict')"
+    "lower the learning rate or the momentum, or write corrections=[LearningRate()], "
+    "update_every= larger, or rule=Delayed('predict')"
 )
 """Each helps where it was tried: at momentum 0.9 and η/(1-m) = 0.1 in the table of `warning`,
 staleness 3, from .39 to .82 (a fifth of the rate), .77 (no momentum, the same rate), .76, .69, .73;

@@ -61,6 +61,8 @@ def test_a_warning_is_a_line_of_the_run_once(capsys: pytest.CaptureFixture[str])
     train(*MOMENTUM, "--epochs", "2", file="deep.yaml")
     out = said(capsys)
     assert out.count(line) == 1 and out.count("stab") == 1
+    advice = "pipeline.corrections: [learning_rate], pipeline.update_every larger, or pipeline.rule"
+    assert f"or write {advice}: {{class_path: delayed, init_args: {{weights: predict}}}}" in out
     plan(["--config", "deep.yaml", *MOMENTUM])
     assert said(capsys).count(line) == 1
 

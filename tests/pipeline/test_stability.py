@@ -95,7 +95,7 @@ def test_a_verdict_tells_the_delays_part() -> None:
     assert not stable and words.startswith(
         "stable without delay, unstable with: η·h = 0.11 at stage 2 (curvature 1.1), and staleness "
         "1 allows 0.1, no delay 3.8; lower the learning rate or the momentum, or write "
-        "corrections=[LearningRate('inverse')]"
+        "corrections=[LearningRate()]"
     )
     stable, words = law.verdict(39)
     assert not stable and words.startswith("unstable with or without delay")
@@ -129,7 +129,7 @@ def test_many_stages_and_momentum_are_warned_of_once() -> None:
         "staleness 7 at stage 0 divides the largest stable learning rate by 241, and leaves "
         "η/(1-m), here 0.1, 1/12.7 of what plain SGD bears without delay. If this rate was found "
         "without delay, lower the learning rate or the momentum, or write "
-        "corrections=[LearningRate('inverse')], a larger update_every or rule=Delayed('predict')"
+        "corrections=[LearningRate()], update_every= larger, or rule=Delayed('predict')"
     )
 
 
