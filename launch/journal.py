@@ -12,9 +12,10 @@ from torch import Tensor
 
 from headrace.pipeline import Pipeline, Report
 from headrace.pipeline.checkpoints import Position
+from headrace.pipeline.corrections import Auto
 from headrace.pipeline.report import Progress, ShardStatistics, StageStatistics
 
-from .assemble import expected_staleness
+from .assemble import expected_staleness, make_corrections
 from .config import Config, to_yaml
 from .display import (
     ProgressLine,
@@ -23,6 +24,7 @@ from .display import (
     count,
     duration,
     partition_table,
+    per_stage,
     prospect,
     results_table,
     stale,
@@ -58,6 +60,10 @@ class Journal:
         staleness = expected_staleness(config, pipe.depths)
         self._out.print(partition_table(pipe.partition, staleness, stale(config)))
         self._out.print(prospect(pipe.partition))
+        chooses = any(isinstance(each, Auto) for each in make_corrections(config.pipeline))
+        self._chosen = pipe.chosen if chooses else {}
+        if self._chosen:
+            self._out.print(_what_auto_chose(self._chosen))
         if stability := look_ahead(config, pipe):
             self._out.print(stability)
         self._samples, self._micro_batches = done.get("samples", 0), done.get("micro_batches", 0)
@@ -250,6 +256,7 @@ class Journal:
             "train": {"loss": self._loss},
             "test": dict(scores),
             "stages": stages,
+            **({"auto": self._chosen} if self._chosen else {}),
             **({"servers": servers} if servers else {}),
             "versions": {
                 "python": platform.python_version(),
@@ -257,6 +264,15 @@ class Journal:
                 "headrace": _version(),
             },
         }
+
+
+def _what_auto_chose(chosen: Mapping[int, Sequence[str]]) -> str:
+    """As in "auto chose gap_aware, spike_compensation at stage 0, nothing at stage 1"."""
+    stages: dict[str, list[int]] = {}
+    for stage, names in chosen.items():
+        stages.setdefault(", ".join(names) or "nothing", []).append(stage)
+    each = [f"{names} at stage {per_stage(where)}" for names, where in stages.items()]
+    return f"auto chose {', '.join(each)}"
 
 
 def _where(position: Position) -> str:

@@ -8,8 +8,10 @@ import torch
 from rich.text import Text
 
 from headrace.pipeline import Pipeline
+from headrace.pipeline.corrections.correction import expand
 from headrace.pipeline.curvature import estimate_curvature
 from headrace.pipeline.feed import read
+from headrace.pipeline.rules import Delayed
 from headrace.pipeline.settings import make_optimizers
 from headrace.pipeline.stability import Stability, examine, speaks_of
 
@@ -23,8 +25,15 @@ from .assemble import (
     make_settings,
 )
 from .config import Config
+from .wording import in_yaml
 
 __all__ = ["foresee", "look_ahead"]
+
+
+NOT_CHECKED = (
+    "not checked: check_stability is for late gradients of SGD, where neither a correction nor "
+    "weight prediction does anything about it, and no replicas add to it"
+)
 
 
 def foresee(config: Config, staleness: Sequence[float]) -> Text | None:
@@ -35,22 +44,25 @@ def foresee(config: Config, staleness: Sequence[float]) -> Text | None:
     """
     rules = make_rules(config.pipeline)
     first = rules[0] if isinstance(rules, list) else rules
-    if not speaks_of(first, make_corrections(config.pipeline)):
-        return None
     weights = [(n, p) for n, p in make_model(config).named_parameters() if p.requires_grad]
     optimizers = make_optimizers(make_settings(config).optimizer, weights)
-    return _say(examine(0, staleness[0], optimizers))
+    written, late = make_corrections(config.pipeline), staleness[0] > 0
+    corrections = expand(written, late, first or Delayed("stash"), optimizers)
+    return _say(examine(0, staleness[0], optimizers)) if speaks_of(first, corrections) else None
 
 
 def look_ahead(config: Config, pipe: Pipeline) -> Text | None:
-    """What the first rank says before training; None where nothing is stale.
+    """What the first rank says before training; None where nothing is stale, or something is done
+    about it, unless a check was asked for.
 
     Args:
         pipe: prepared.
     """
     law, iterations = pipe.stability, config.pipeline.check_stability
-    if law is None or not iterations:
+    if not iterations:
         return _say(law)
+    if law is None:
+        return Text(f"stability: {NOT_CHECKED}")
     if law.preconditions:
         return Text(f"{law.figures}, which check_stability cannot find: it is for SGD")
     with torch.random.fork_rng():
@@ -89,4 +101,4 @@ def _say(law: Stability | None) -> Text | None:
 
 
 def _warn(words: str) -> Text:
-    return Text(f"warning: {words}", style="yellow")
+    return Text(f"warning: {in_yaml(words)}", style="yellow")

@@ -34,10 +34,12 @@ from .config import Config, parse
 from .journal import Journal
 from .ranks import check_stages, hear, rank, refuse_error, stop, tell
 from .resume import Beginning, differences, find_beginning, plan_checkpoints, run_folder
+from .wording import warnings_in_yaml
 
 __all__ = ["main"]
 
 
+@warnings_in_yaml()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and train; ends the process with 2 where that cannot be done."""
     for number in (signal.SIGTERM, signal.SIGINT):

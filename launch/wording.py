@@ -1,8 +1,16 @@
-"""The engine's errors name its Python arguments; a configuration has the same things as keys."""
+"""The engine's errors and warnings name its Python arguments, which a configuration has as keys."""
 
 import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
-__all__ = ["in_yaml"]
+import headrace.pipeline
+
+__all__ = ["in_yaml", "warnings_in_yaml"]
+
+_ENGINE = str(Path(headrace.pipeline.__file__).parent)
 
 # Arguments of `Pipeline` that are keys, and how one of the objects of Headrace's is written there.
 _OPTIONS = (
@@ -17,27 +25,61 @@ _WORDS = {"None": "null", "True": "true", "False": "false"}
 
 _IMPORT = re.compile(r",? with from headrace\.[\w.]+ import \w+")
 _CALL = re.compile(
-    r"\b(Delayed|Exact|Synthetic|Local|Allreduce|Hogwild|Downpour|Elastic)\(([^()]*)\)"
+    r"\b(Delayed|Exact|Synthetic|Local|Allreduce|Hogwild|Downpour|Elastic|LearningRate)"
+    r"\(([^()]*)\)"
 )
 _ARGUMENT = re.compile(rf"(?<![\w.])({'|'.join(_KEYS)})=(?=(\S)?)")
+_FIRST_ARGUMENT = {"delayed": "weights", "learning_rate": "factor"}
 # "slack=-1: give …": what is wrong comes first, by its value.
 _VALUE = r"(?:\[[^\]]*\]|\([^)]*\)|'[^']*'|[^\s:]+)"
 _FIRST = re.compile(rf"(?:^|(?<=: ))({'|'.join(_KEYS)})=(?={_VALUE}: (?:give|write|torch) )")
 
 
 def in_yaml(text: str) -> str:
-    """An error's text with keys for arguments: "rule=Exact()" is "pipeline.rule: exact"."""
+    """What an error or a warning says with keys for arguments: "rule=Exact()" is
+    "pipeline.rule: exact".
+    """
     text = _CALL.sub(_component, _IMPORT.sub("", text))
     text = _FIRST.sub(lambda found: f"{_KEYS[found[1]]} is ", text)
     text = _ARGUMENT.sub(_key, text)
     return re.sub(r"\b(None|True|False)\b", lambda found: _WORDS[found[0]], text)
 
 
+@contextmanager
+def warnings_in_yaml() -> Iterator[None]:
+    """Within a block, or a function that it decorates, the engine's warnings are a line in a
+    configuration's words; those of others are as they were.
+    """
+    plain = warnings.formatwarning
+
+    def say(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        line: str | None = None,
+    ) -> str:
+        if filename.startswith(_ENGINE):
+            return f"headrace: warning: {in_yaml(str(message))}\n"
+        return plain(message, category, filename, lineno, line)
+
+    warnings.formatwarning = say
+    try:
+        yield
+    finally:
+        warnings.formatwarning = plain
+
+
+def _file(name: str) -> str:
+    """The file of a class of Headrace's, which is its name in a configuration."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
+
+
 def _component(found: re.Match[str]) -> str:
-    name, arguments = found[1].lower(), found[2].replace("'", "")
+    name, arguments = _file(found[1]), found[2].replace("'", "")
     if arguments in ("", "…"):
         return name
-    first = "weights" if name == "delayed" else "count"
+    first = _FIRST_ARGUMENT.get(name, "count")
     each = [part.strip() for part in arguments.split(",")]
     pairs = ", ".join(p.replace("=", ": ", 1) if "=" in p else f"{first}: {p}" for p in each)
     return f"{{class_path: {name}, init_args: {{{pairs}}}}}"

@@ -10,6 +10,7 @@ from torch import nn
 from .batch_size import Growth
 from .checkpoints.plan import Checkpoints
 from .corrections import Correction
+from .corrections.beside import check_beside
 from .grid import Grid
 from .link import Link
 from .loss import name_of
@@ -75,7 +76,7 @@ def _lay_out_replicas(stages: int | None, replicas: Any, ranks: int | None, rank
 
 
 def check_corrections(corrections: Any) -> None:
-    """Refuse what is no correction."""
+    """Refuse what is no correction, and what cannot be beside each other."""
     if not isinstance(corrections, Sequence) or isinstance(corrections, str):
         raise TypeError(f"corrections={corrections!r}: give a list of corrections")
     for correction in corrections:
@@ -85,13 +86,7 @@ def check_corrections(corrections: Any) -> None:
                 "corrections=[LearningRate('inverse')] with from headrace.pipeline.corrections "
                 "import LearningRate"
             )
-
-
-_ONE_OF = (
-    ("predict the weights", "predicts"),
-    ("stand in for the weights", "stands_in"),
-    ("change how momentum steps, Nesterov's way or another", "takes_momentum"),
-)
+    check_beside(corrections)
 
 
 def check_fitting(
@@ -118,19 +113,13 @@ def check_fitting(
                 "keeps them, or runs the forward again: write rule=Delayed(weights='current'), or "
                 "leave the correction out"
             )
-    for word, many in _ONE_OF:
-        found = [type(c).__name__ for c in corrections if getattr(c, many)]
-        if len(found) > 1:
-            raise ValueError(
-                f"corrections= has {' and '.join(found)}, which both {word}: leave out all but one"
-            )
 
 
 def check_fits_depths(
     corrections: Sequence[Correction],
     schedule: Schedule,
     depths: Sequence[int],
-    update_every: int,
+    update_every: int | None,
     tunes: bool,
 ) -> None:
     """Refuse corrections that so many micro-batches in flight leave undefined."""

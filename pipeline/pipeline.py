@@ -232,7 +232,8 @@ class Pipeline:
             check_fitting(own.corrections, rules, order)
             if replicas is not None:
                 check_shared(corrections, replicas, own.corrections)
-            check_fits_depths(own.corrections, order, depths, update_every, self._tunes)
+            every = None if batch_size else update_every
+            check_fits_depths(own.corrections, order, depths, every, self._tunes)
             self._blueprint = Blueprint(
                 model,
                 self._grid,
@@ -602,6 +603,13 @@ class Pipeline:
         stage that does not wait for its gradients.
         """
         return self._engines[0].depths if self._engines else self._blueprint.depths
+
+    @property
+    def chosen(self) -> dict[int, tuple[str, ...]]:
+        """The corrections that `Auto` has chosen, by name, for each stage of this process; empty
+        before the stages are built.
+        """
+        return {engine.stage.index: engine.stage.kit.chosen for engine in self._engines}
 
     @property
     def stability(self) -> Stability | None:

@@ -191,8 +191,8 @@ WARN_AT = 5.0
 """Of `Stability.plain_factor`; three updates' delay with momentum 0.9 have 5.7."""
 
 ADVICE = (
-    "lower the learning rate or the momentum, or write corrections=[LearningRate('inverse')], a "
-    "larger update_every or rule=Delayed('predict')"
+    "lower the learning rate or the momentum, or write corrections=[LearningRate()], "
+    "update_every= larger, or rule=Delayed('predict')"
 )
 """Each helps where it was tried: at momentum 0.9 and η/(1-m) = 0.1 in the table of `warning`,
 staleness 3, from .39 to .82 (a fifth of the rate), .77 (no momentum, the same rate), .76, .69, .73;
@@ -202,13 +202,13 @@ at staleness 7 from .22 to .42, .63, .53, .52, .28."""
 def stalest(stages: Iterable["Stage"]) -> Stability | None:
     """What the delay does to the stalest of these stages that trains, once the stream is warm.
 
-    None where the law does not say: nothing is stale; something is done about it already (any
-    correction, weight prediction); or no optimizer is SGD or one of Adam's.
+    None where the law does not say: nothing is stale; something is done about it already (a
+    correction that `changes_law`, weight prediction); or no optimizer is SGD or one of Adam's.
     """
     found = [
         examine(stage.index, stage.depth / stage.settings.update_every, stage.optimizers)
         for stage in stages
-        if speaks_of(stage.rule, stage.settings.corrections)
+        if speaks_of(stage.rule, stage.kit.corrections)
     ]
     known = [law for law in found if law is not None]
     return max(known, key=lambda law: law.staleness, default=None)
@@ -217,7 +217,7 @@ def stalest(stages: Iterable["Stage"]) -> Stability | None:
 def speaks_of(rule: Rule | None, corrections: Sequence[Correction]) -> bool:
     """Whether the law does: not of what is done about staleness. None is the schedule's own."""
     predicts = isinstance(rule, Delayed) and isinstance(rule.policy, Predict)
-    return not corrections and not predicts
+    return not predicts and not any(correction.changes_law for correction in corrections)
 
 
 def examine(stage: int, staleness: float, optimizers: Iterable[Optimizer]) -> Stability | None:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from torch.optim import SGD, Adam, Muon, NAdam
+from torch.optim import SGD, Adam, Muon, NAdam, Optimizer
 
 from .basis_rotation import BasisRotation, rotates
 from .correction import Correction
@@ -12,7 +12,7 @@ from .spike_compensation import SpikeCompensation
 from .weight_prediction import WeightPrediction
 
 if TYPE_CHECKING:
-    from ..stage import Stage
+    from ..rules import Rule
 
 __all__ = ["Auto"]
 
@@ -28,11 +28,13 @@ class Auto(Correction):
     """
 
     at_servers = False
+    changes_law = False
 
-    def choose(self, stage: "Stage") -> Sequence[Correction]:
-        if stage.depth == 0 or not stage.rule.looks_ahead:
+    def choose(
+        self, late: bool, rule: "Rule", optimizers: Sequence[Optimizer]
+    ) -> Sequence[Correction]:
+        if not late or not rule.looks_ahead or not optimizers:
             return []
-        optimizers = stage.optimizers
         if any(isinstance(optimizer, Muon) for optimizer in optimizers):
             return [WeightPrediction(of="Muon"), SpikeCompensation()]
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]

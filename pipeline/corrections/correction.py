@@ -10,9 +10,10 @@ from torch.optim import Optimizer
 from ..stateful import Stateful
 
 if TYPE_CHECKING:
+    from ..rules import Rule
     from ..stage import Stage
 
-__all__ = ["Correction", "Fill", "correct"]
+__all__ = ["Correction", "Fill", "correct", "expand"]
 
 Fill = Callable[[str, Tensor], Tensor]
 """From a weight's name and its value, the value that a forward is to run with."""
@@ -44,25 +45,46 @@ class Correction(Stateful):
     turns_moments = False
     """Whether an optimizer's moments are not in the weights' own basis under it."""
 
+    reads_moments = False
+    """Whether it goes by an optimizer's moments, as of the weights."""
+
     keeps_last = False
     """Whether it needs to know what the last update did; see `after_update`."""
+
+    changes_law = True
+    """Whether it changes what a delay does to the largest stable learning rate."""
 
     synchronous = 0
     """Updates, from the first one, before which nothing may be late."""
 
-    def check(self, depths: Sequence[int], update_every: int) -> None:
+    chosen_by = ""
+    """The name of the correction that chose this one; none where it was written."""
+
+    @property
+    def name(self) -> str:
+        """As in a configuration: that of its file; of one that is not Headrace's, its class's."""
+        home, _, file = type(self).__module__.rpartition(".")
+        return file if home == __package__ else type(self).__name__
+
+    def check(self, depths: Sequence[int], update_every: int | None) -> None:
         """Refuse a pipeline for which it is not defined.
 
         Args:
             depths: each stage's micro-batches in flight behind a forward.
-            update_every: micro-batches to an update.
+            update_every: micro-batches to an update; None where `batch_size` decides.
 
         Raises:
             ValueError: with the reason and what to write instead.
         """
 
-    def choose(self, stage: "Stage") -> "Sequence[Correction]":
-        """What to do on this stage: itself, or others in its place."""
+    def choose(
+        self, late: bool, rule: "Rule", optimizers: Sequence[Optimizer]
+    ) -> "Sequence[Correction]":
+        """What to do on a stage: itself, or new ones in its place.
+
+        Args:
+            late: whether any of its gradients is.
+        """
         return [self]
 
     def attach(self, stage: "Stage") -> None:
@@ -123,6 +145,19 @@ class Correction(Stateful):
             before: the weights as they were before it, by name, with `keeps_last`; else empty.
             rates: the learning rate that each was moved with; empty where it was skipped.
         """
+
+
+def expand(
+    corrections: Sequence[Correction], late: bool, rule: "Rule", optimizers: Sequence[Optimizer]
+) -> list[Correction]:
+    """Those given, or what they `choose` in their place, which then knows who chose it."""
+    expanded: list[Correction] = []
+    for given in corrections:
+        for each in given.choose(late, rule, optimizers):
+            if each is not given:
+                each.chosen_by = given.name
+            expanded.append(each)
+    return expanded
 
 
 def correct(

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..errors import InputError
 from ..stateful import Stateful
 from ..versions import copy_all
-from .correction import Correction, Fill, correct
+from .beside import check_beside
+from .correction import Correction, Fill, correct, expand
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,21 +29,28 @@ class Kit(Stateful):
     """Copies of a pipeline's corrections, for they may keep state, attached to one stage.
 
     Raises:
-        InputError: one is not defined for an optimizer of the stage's.
+        InputError: one is not defined for an optimizer of the stage's, or beside another, whether
+            it was written or chosen.
     """
 
     state = ("corrections", "_before")
 
     def __init__(self, corrections: Sequence[Correction], stage: "Stage") -> None:
         own = copy.deepcopy(list(corrections))
-        self.corrections = [each for given in own for each in given.choose(stage)]
+        self.corrections = expand(own, stage.depth > 0, stage.rule, stage.optimizers)
+        check_beside(self.corrections)
         self._weights = stage.trainable
         self._keeps_last = any(correction.keeps_last for correction in self.corrections)
         self._before: dict[str, Tensor] = {}
         self._names = {id(parameter): name for name, parameter in stage.owned.items()}
         self._rates: dict[str, float] = {}
         for correction in self.corrections:
-            correction.attach(stage)
+            _attach(correction, stage)
+
+    @property
+    def chosen(self) -> tuple[str, ...]:
+        """The names of those that others chose in their place."""
+        return tuple(correction.name for correction in self.corrections if correction.chosen_by)
 
     @property
     def synchronous(self) -> int:
@@ -103,6 +112,15 @@ class Kit(Stateful):
             with torch.no_grad():
                 correction.after_update(self._before, self._rates)
         self._rates = {}
+
+
+def _attach(correction: Correction, stage: "Stage") -> None:
+    try:
+        correction.attach(stage)
+    except InputError as error:
+        if not correction.chosen_by:
+            raise
+        raise InputError(f"{correction.chosen_by} chose {correction.name}: {error}") from None
 
 
 @contextmanager

@@ -16,6 +16,7 @@ class SynchronousWarmUp(Correction):
     """
 
     at_servers = False
+    changes_law = False
 
     def __init__(self, updates: int) -> None:
         if isinstance(updates, bool) or not isinstance(updates, int) or updates < 1:

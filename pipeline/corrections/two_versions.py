@@ -18,9 +18,17 @@ class TwoVersions(Correction):
     """
 
     at_servers = False
+    changes_law = False
 
-    def check(self, depths: Sequence[int], update_every: int) -> None:
-        if update_every < depths[0]:
+    def check(self, depths: Sequence[int], update_every: int | None) -> None:
+        if update_every is None and depths[0] > 1:
+            raise ValueError(
+                "corrections= has two_versions, which must know how many micro-batches an update "
+                "has, and batch_size= is in samples: leave two_versions out (without it, too, "
+                f"nothing is more than 1 update late while an update has {depths[0]} micro-batches "
+                f"or more), or write update_every={depths[0]} in place of batch_size="
+            )
+        if update_every is not None and update_every < depths[0]:
             raise ValueError(
                 f"corrections= has two_versions, which needs as many micro-batches to an update as "
                 f"are in flight at the first stage: write update_every={depths[0]} or more, not "

@@ -151,6 +151,7 @@ class WeightPrediction(Correction):
             raise ValueError(f"strength={strength!r}: give a number above 0, 1 for all of the way")
         self.form, self.strength, self.of = form, float(strength), of
         self.keeps_last = form == "last_update"
+        self.reads_moments = not self.keeps_last
         self._last: Mapping[str, Tensor] = {}
         self._left: set[str] = set()
         self._homes: dict[str, _Home] = {}
@@ -173,11 +174,6 @@ class WeightPrediction(Correction):
         self._left = _moved_by_others(stage, self.of)
         if self.keeps_last or stage.depth == 0:
             return
-        if any(correction.turns_moments for correction in stage.settings.corrections):
-            raise InputError(
-                f"weight_prediction with form={self.form!r} goes by the optimizer's moments, which "
-                "basis_rotation keeps in another basis than the weights: write form='last_update'"
-            )
         names = {id(parameter): name for name, parameter in stage.owned.items()}
         for optimizer in stage.optimizers:
             if not isinstance(optimizer, SGD | Adam | NAdam):  # AdamW is an Adam

@@ -673,13 +673,23 @@ ROWS = (
         ),
     ),
     Row(
-        "two corrections that predict",
+        "the same correction twice",
         (
-            "pipeline.corrections has WeightPrediction and WeightPrediction, which both "
-            "predict the weights: leave out all but one"
+            "pipeline.corrections has weight_prediction and weight_prediction, which are the "
+            "same: leave out all but one"
         ),
         command="train",
         arguments="--pipeline.corrections [weight_prediction,weight_prediction]",
+    ),
+    Row(
+        "a correction that undoes one that `auto` chooses",
+        (
+            "pipeline.corrections has spike_compensation (chosen by auto) and "
+            "asynchronous_nesterov, which both change how momentum steps, Nesterov's way or "
+            "another: leave out all but one"
+        ),
+        command="train",
+        arguments="--pipeline.corrections [auto,asynchronous_nesterov]",
     ),
     Row(
         "basis rotation of SGD",
@@ -699,6 +709,21 @@ ROWS = (
         ),
         command="train",
         arguments="--stages 5 --pipeline.balance [2,1,1,1,1] --pipeline.corrections two_versions",
+    ),
+    Row(
+        "two versions beside a batch in samples",
+        (
+            "pipeline.corrections has two_versions, which must know how many micro-batches an "
+            "update has, and pipeline.batch_size is in samples: leave two_versions out (without "
+            "it, too, nothing is more than 1 update late while an update has 4 micro-batches or "
+            "more), or write pipeline.update_every: 4 in place of pipeline.batch_size"
+        ),
+        command="train",
+        arguments=(
+            "--stages 5 --pipeline.balance [2,1,1,1,1] --pipeline.corrections two_versions "
+            "--pipeline.batch_size.class_path steps --pipeline.batch_size.init_args.sizes "
+            "[32,64] --pipeline.batch_size.init_args.at [1]"
+        ),
     ),
     Row(
         "a growing batch beside a constant one",

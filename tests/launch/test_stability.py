@@ -2,7 +2,7 @@
 
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -61,6 +61,8 @@ def test_a_warning_is_a_line_of_the_run_once(capsys: pytest.CaptureFixture[str])
     train(*MOMENTUM, "--epochs", "2", file="deep.yaml")
     out = said(capsys)
     assert out.count(line) == 1 and out.count("stab") == 1
+    advice = "pipeline.corrections: [learning_rate], pipeline.update_every larger, or pipeline.rule"
+    assert f"or write {advice}: {{class_path: delayed, init_args: {{weights: predict}}}}" in out
     plan(["--config", "deep.yaml", *MOMENTUM])
     assert said(capsys).count(line) == 1
 
@@ -76,10 +78,34 @@ def test_a_warning_is_a_line_of_the_run_once(capsys: pytest.CaptureFixture[str])
 def test_nothing_is_said_where_nothing_is_to_be(
     arguments: tuple[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train(*arguments, *MOMENTUM, "--pipeline.check_stability", "3", file="deep.yaml")
+    train(*arguments, *MOMENTUM, file="deep.yaml")
     plan(["--config", "deep.yaml", *arguments, *MOMENTUM])
     out = said(capsys)
     assert "stab" not in out and "warning" not in out
+    words = verdict(*arguments, *MOMENTUM, "--scheduler", "null")
+    assert words.startswith("stability: not checked: check_stability is")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("[{class_path: synchronous_warm_up, init_args: {updates: 1}}]", *MOMENTUM),
+        ("[auto]", "--pipeline.slack", "8"),
+    ],
+    ids=["warm-up", "auto"],
+)
+def test_what_does_nothing_about_the_delay_does_not_silence(
+    arguments: Sequence[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = ("--optimizer.init_args.momentum", "0.0", "--pipeline.corrections", *arguments)
+    train(*plain, file="deep.yaml")
+    plan(["--config", "deep.yaml", *plain])
+    assert said(capsys).count("warning: staleness") == 2
+
+
+def test_a_plan_knows_what_auto_would_choose(capsys: pytest.CaptureFixture[str]) -> None:
+    plan(["--config", "deep.yaml", *MOMENTUM, "--pipeline.corrections", "[auto]"])
+    assert "stab" not in said(capsys)
 
 
 def test_a_check_changes_no_number(capsys: pytest.CaptureFixture[str]) -> None:

@@ -111,6 +111,18 @@ def test_a_run_writes_its_files(folder: Path) -> None:
     assert not list(Path("runs/tiny").glob("*.part"))
 
 
+def test_what_auto_chooses_is_said_and_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    sgd = "--optimizer.init_args.momentum=0.5", "--pipeline.corrections", "[auto]"
+    train(*sgd, "--epochs", "1")
+    line = "auto chose gap_aware, spike_compensation at stage 0, nothing at stage 1\n"
+    assert capsys.readouterr().out.count(line) == 1
+    kept = json.loads(Path("runs/tiny/summary.json").read_text())["auto"]
+    assert kept == {"0": ["gap_aware", "spike_compensation"], "1": []}
+    train("--pipeline.corrections", "[gap_aware]", "--epochs", "1")
+    assert "auto chose" not in capsys.readouterr().out
+    assert "auto" not in json.loads(Path("runs/tiny-2/summary.json").read_text())
+
+
 def test_tensorboard_events_are_written(folder: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     train()

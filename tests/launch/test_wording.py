@@ -1,9 +1,13 @@
 """What the engine says of its arguments must be what a configuration's reader can write."""
 
+import warnings
+from pathlib import Path
+
 import pytest
 
+import headrace.pipeline
 from headrace.launch.config import parse
-from headrace.launch.wording import in_yaml
+from headrace.launch.wording import in_yaml, warnings_in_yaml
 
 
 @pytest.mark.parametrize(
@@ -29,6 +33,11 @@ from headrace.launch.wording import in_yaml
         ),
         ("batch_size= beside replicas=Allreduce(…): each", "pipeline.batch_size beside "
          "pipeline.replicas: allreduce: each"),
+        (
+            "write corrections=[LearningRate()] or corrections=[LearningRate('inverse')]",
+            "write pipeline.corrections: [learning_rate] or pipeline.corrections: [{class_path: "
+            "learning_rate, init_args: {factor: inverse}}]",
+        ),
         ("or micro_batches= larger", "or pipeline.micro_batches larger"),
         ("clip_grad_norm=0: give a number > 0, or None", "pipeline.clip_grad_norm is 0: give a "
          "number > 0, or null"),
@@ -41,12 +50,26 @@ def test_keys_for_arguments(python: str, yaml: str) -> None:
     assert in_yaml(python) == yaml
 
 
-@pytest.mark.parametrize("key", ["pipeline.rule", "pipeline.replicas"])
+ADVICE = {
+    "pipeline.rule": "rule=Delayed(weights='stash')",
+    "pipeline.replicas": "replicas=Downpour(4, beside=True)",
+}
+
+
+def test_what_the_engine_warns_of_is_in_keys_and_what_others_do_as_it_is() -> None:
+    own = str(Path(headrace.pipeline.__file__).parent / "replicas" / "hogwild.py")
+    say, text = warnings.formatwarning, "torn; write rule=Exact()"
+    with warnings_in_yaml():
+        ours = warnings.formatwarning(text, UserWarning, own, 1)
+        others = warnings.formatwarning(text, UserWarning, "other.py", 1, "")
+    assert ours == "headrace: warning: torn; write pipeline.rule: exact\n"
+    assert others == say(text, UserWarning, "other.py", 1, "")
+    assert warnings.formatwarning is say
+
+
+@pytest.mark.parametrize("key", list(ADVICE))
 def test_what_is_advised_can_be_written(key: str) -> None:
-    advice = {
-        "pipeline.rule": "rule=Delayed(weights='stash')",
-        "pipeline.replicas": "replicas=Downpour(4, beside=True)",
-    }[key]
+    advice = ADVICE[key]
     written = in_yaml(advice).removeprefix(f"{key}: ")
     config = parse(["--config", "tiny", f"--{key}", written])
     found = config.pipeline.rule if key == "pipeline.rule" else config.pipeline.replicas

@@ -11,6 +11,7 @@ from torch.optim import SGD, Adam, AdamW, Muon, NAdam, Optimizer, RMSprop
 
 from headrace.pipeline import Pipeline
 from headrace.pipeline.corrections import (
+    AsynchronousNesterov,
     Auto,
     BasisRotation,
     Correction,
@@ -18,6 +19,7 @@ from headrace.pipeline.corrections import (
     SpikeCompensation,
     WeightPrediction,
 )
+from headrace.pipeline.errors import InputError
 from headrace.pipeline.rules import Delayed
 
 from .alone import MSE
@@ -82,3 +84,42 @@ def test_under_other_rules_nothing_is(policy: str) -> None:
 def test_nothing_is_late_under_a_flush() -> None:
     flush: dict[str, Any] = {"schedule": "1f1b", "micro_batches": 2}
     assert_same(run(MOMENTUM, [Auto()], **flush), run(MOMENTUM, [], **flush))
+
+
+ADAMW = partial(AdamW, lr=3e-3)
+
+
+@pytest.mark.parametrize("turned", [False, True], ids=["as written", "turned"])
+@pytest.mark.parametrize(
+    ("optimizer", "beside", "message"),
+    [
+        (ADAMW, partial(WeightPrediction, "momentum"), r"has weight_prediction, .*by the optim.* "
+         r"and basis_rotation \(chosen by auto\), which keeps them in another basis"),
+        (ADAMW, BasisRotation, r"which are the same: leave out all but one"),
+        (MOMENTUM, AsynchronousNesterov, r"which both change how momentum steps"),
+        (MOMENTUM, SpikeCompensation, r"which are the same"),
+        (muon, WeightPrediction, r"which are the same"),
+        (ADAMW, Auto, r"has auto and auto, which are the same"),
+    ],
+)  # fmt: skip
+def test_what_it_chooses_is_refused_beside_what_undoes_it(
+    optimizer: Any, beside: Callable[[], Correction], message: str, turned: bool
+) -> None:
+    both = [Auto(), beside()]
+    with pytest.raises(InputError, match=message) as caught:
+        run(optimizer, both[::-1] if turned else both)
+    assert beside is Auto or "(chosen by auto)" in str(caught.value)
+
+
+def test_what_it_chooses_and_an_optimizer_does_not_allow_tells_who_chose_it() -> None:
+    def plain_beside_muon(params: Sequence[tuple[str, nn.Parameter]]) -> list[Optimizer]:
+        matrices = [(n, p) for n, p in params if p.dim() == 2]
+        return [Muon(matrices), SGD([(n, p) for n, p in params if p.dim() != 2], lr=0.1)]
+
+    with pytest.raises(InputError, match=r"auto chose spike_compensation: .* this SGD has none"):
+        run(plain_beside_muon, [Auto()])
+
+
+def test_it_may_be_beside_another_where_it_chooses_nothing() -> None:
+    plain = partial(SGD, lr=0.02)
+    assert_same(run(plain, [Auto(), WeightPrediction()]), run(plain, [WeightPrediction()]))

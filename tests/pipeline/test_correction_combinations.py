@@ -496,8 +496,8 @@ def test_gap_aware_without_the_weights_of_then_is_refused(policy: str) -> None:
         run([GapAware()], momentum, [], rule=Delayed(policy))
 
 
-def test_two_that_stand_in_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"PipeMareT2 and PipeMareT2, which both stand in for"):
+def test_the_same_twice_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"has pipemare_t2 and pipemare_t2, which are the same"):
         run([PipeMareT2(), PipeMareT2()], momentum, [], rule=Delayed("current"))
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, NAdam, Optimizer
 
 from headrace.pipeline import Pipeline
+from headrace.pipeline.batch_size import Steps
 from headrace.pipeline.corrections import (
     AsynchronousNesterov,
     BasisRotation,
@@ -551,6 +552,18 @@ def test_two_versions_with_too_few_micro_batches_to_an_update(slack: int) -> Non
     depth = depths_of(3, slack)[0]
     with pytest.raises(ValueError, match=rf"write update_every={depth} or more, not {depth - 1}"):
         run([TwoVersions()], momentum, [], slack=slack, update_every=depth - 1)
+
+
+def test_two_versions_beside_a_batch_size_in_samples() -> None:
+    """How many micro-batches it has is not known; where one is enough, it does not matter."""
+    with pytest.raises(ValueError, match=r"batch_size= is in samples: .*write update_every=2 in"):
+        run([TwoVersions()], momentum, [], batch_size=Steps([8, 16], at=[1]))
+    with Pipeline(
+        tanh_net(), MSE, momentum, stages=2, balance=SIZES[2], corrections=[TwoVersions()],
+        batch_size=Steps([2, 4], at=[1]),
+    ) as pipe:  # fmt: skip
+        pipe.train(batches_of(8, 2))
+        assert pipe.statistics()[0].staleness == {0: 1, 1: 3}
 
 
 # Asynchronous Nesterov --------------------------------------------------------------------------

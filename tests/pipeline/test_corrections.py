@@ -4,9 +4,12 @@ The oracles know nothing of the engine: `simulate`, whose learning rates a sched
 delay that index arithmetic gives, and loops of a few lines over numbers.
 """
 
+import inspect
 import math
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+import headrace.pipeline.corrections as package
 from headrace.pipeline import Pipeline
 from headrace.pipeline.corrections import Correction, DelayCompensation, LearningRate, correct
 from headrace.pipeline.corrections.delay_compensation import compensate
@@ -436,3 +440,29 @@ def test_an_error_of_a_users_function_names_the_staleness() -> None:
     with pytest.raises(ValueError, match=r"gave -1.0 for staleness 2") as caught:
         pipe.train(batches_of(60, 5))
     assert any("stage 0 of 3" in note for note in caught.value.__notes__)
+
+
+# The page ---------------------------------------------------------------------------------------
+
+ROW = re.compile(r"\| `(\w+)` \|[^|]*\|([^|]*)\|[^|]*\|[^|]*\|")
+
+
+def test_the_page_has_every_correction_and_its_arguments() -> None:
+    page = Path(__file__).parents[2] / "docs" / "staleness.md"
+    rows = dict(ROW.findall(page.read_text(encoding="utf-8").partition("## The corrections")[2]))
+    kinds = [getattr(package, name) for name in package.__all__]
+    kinds = [k for k in kinds if inspect.isclass(k) and k is not Correction]
+    assert set(rows) == {kind.__module__.rpartition(".")[2] for kind in kinds}
+    for kind in kinds:
+        row = rows[kind.__module__.rpartition(".")[2]]
+        arguments = inspect.signature(kind).parameters
+        assert bool(row.strip()) == bool(arguments)
+        for name, argument in arguments.items():
+            found = re.search(rf"`{name}(?:: (.+?))?`", row)
+            assert found is not None, name
+            value = argument.default
+            if isinstance(value, float):
+                assert float(found[1]) == value
+            else:
+                named = {None: "null", inspect.Parameter.empty: None}
+                assert found[1] == named.get(value, str(value))

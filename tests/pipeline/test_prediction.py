@@ -614,7 +614,9 @@ def test_rules_that_do_not_keep_what_was_predicted_are_refused(form: str, policy
 
 
 def test_two_predictions_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"has WeightPrediction and WeightPrediction.*all but one"):
+    with pytest.raises(
+        ValueError, match=r"has weight_prediction and weight_prediction.*all but one"
+    ):
         run([WeightPrediction(), PipeMareT1(3), WeightPrediction("linear")], momentum, [])
 
 

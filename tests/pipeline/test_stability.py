@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from headrace.pipeline import Pipeline
-from headrace.pipeline.corrections import LearningRate
+from headrace.pipeline.corrections import Auto, LearningRate, SynchronousWarmUp, TwoVersions
 from headrace.pipeline.rules import Delayed
 from headrace.pipeline.stability import Stability, StabilityWarning, largest_rate
 
@@ -95,7 +95,7 @@ def test_a_verdict_tells_the_delays_part() -> None:
     assert not stable and words.startswith(
         "stable without delay, unstable with: η·h = 0.11 at stage 2 (curvature 1.1), and staleness "
         "1 allows 0.1, no delay 3.8; lower the learning rate or the momentum, or write "
-        "corrections=[LearningRate('inverse')]"
+        "corrections=[LearningRate()]"
     )
     stable, words = law.verdict(39)
     assert not stable and words.startswith("unstable with or without delay")
@@ -129,7 +129,7 @@ def test_many_stages_and_momentum_are_warned_of_once() -> None:
         "staleness 7 at stage 0 divides the largest stable learning rate by 241, and leaves "
         "η/(1-m), here 0.1, 1/12.7 of what plain SGD bears without delay. If this rate was found "
         "without delay, lower the learning rate or the momentum, or write "
-        "corrections=[LearningRate('inverse')], a larger update_every or rule=Delayed('predict')"
+        "corrections=[LearningRate()], update_every= larger, or rule=Delayed('predict')"
     )
 
 
@@ -151,12 +151,32 @@ def test_silent_where_the_law_has_nothing_to_say(options: dict[str, Any]) -> Non
 
 
 @pytest.mark.parametrize(
+    "options",
+    [
+        {"corrections": [SynchronousWarmUp(1)]},
+        {"corrections": [Auto()], "optimizer": sgd(0.1, 0.0)},  # for which it chooses nothing
+    ],
+    ids=["warm-up", "auto"],
+)
+def test_corrections_that_leave_the_delay_as_it_is_do_not_silence(options: dict[str, Any]) -> None:
+    with pytest.warns(StabilityWarning, match=r"^staleness 7 at stage 0 divides"):
+        assert trained(**options).stability is not None
+
+
+def test_what_auto_chooses_silences() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", StabilityWarning)
+        assert trained(corrections=[Auto()]).stability is None
+
+
+@pytest.mark.parametrize(
     ("options", "staleness", "factor"),
     [
         ({"stages": 2, "optimizer": sgd(0.1, 0.5)}, 1, 6.0),  # as the digits example
         ({"stages": 2}, 1, 38.0),
         ({"stages": 4, "optimizer": sgd(0.1, 0.0)}, 3, 4.494),
         ({"update_every": 7}, 1, 38.0),
+        ({"update_every": 7, "corrections": [TwoVersions()]}, 1, 38.0),
         ({"optimizer": lambda p: torch.optim.AdamW(p, lr=1e-3)}, 7, 241.24),
     ],
 )
