@@ -64,6 +64,7 @@ class Keeper:
         ranks = grid.replicas * grid.stages + grid.servers if watch else 1
         self._saver = Saver(grid.rank, ranks, watch)
         self._parts: list[list[Part]] = []
+        self._manifest: Checkpoint | None = None
         self._target = Path()
         self._keep: int | None = None
         self._saved_at, self._served, self._meetings = -1, 0, 0
@@ -197,6 +198,7 @@ class Keeper:
         state = collect(engine)
         if stage.is_first:
             state["course"] = self._course.state_dict()
+            self._manifest = self._head(self._target)  # stages after it may come to it later
         weights = stage.state_dict() if grid.replica == 0 else None
         who = label(grid.replica, grid.replicas, stage.index)
         own = [Part.of(who, stage.index, weights, state)]
@@ -228,7 +230,7 @@ class Keeper:
         self._served += 1
 
     def _start(self, parts: list[Part]) -> None:
-        head = self._head(self._target) if self._grid.rank == 0 else None
+        head = self._manifest if self._grid.rank == 0 else None
         self._saver.start(self._target, parts, head, self._keep)
 
     def wait(self) -> None:

@@ -463,3 +463,15 @@ def test_a_call_within_a_call(tmp_path: Path) -> None:
 def test_arguments_that_are_none(act: Any, kind: type[Exception], text: str) -> None:
     with pytest.raises(kind, match=text):
         act()
+
+
+@pytest.mark.parametrize("every", (2, 4, 5))
+def test_a_manifest_says_where_its_first_stage_was(every: int, tmp_path: Path) -> None:
+    """In one process that goes on while a checkpoint is on its way to the last one."""
+    with pipeline(2) as pipe:
+        pipe.train(batches_of(200, 10), checkpoints=Checkpoints(tmp_path, every, keep=99))
+    folders = sorted(tmp_path.iterdir())
+    assert len(folders) == 20 // every
+    for k, folder in enumerate(folders, 1):
+        assert Checkpoint.open(folder).position.total == k * every
+        assert folder.name == f"step-{k * every:08d}"
