@@ -45,6 +45,11 @@ pipeline:
   balance: [4, 2]
 """
 
+MANIFEST = """\
+{"format": 1, "position": {"epochs": 1}, "layers": [["0"]], "replicas": 1, "depths": [0],
+"kinds": {}, "notes": {}, "made": 0, "files": {}}
+"""
+
 # Files ------------------------------------------------------------------------------------------
 
 MODELS = """\
@@ -896,14 +901,17 @@ ROWS = (
     ),
     Row(
         "a folder that is no run",
-        "--checkpoint .: no config.yaml there; give a run's folder, as runs/digits",
+        (
+            "--checkpoint .: neither a run nor a checkpoint is there; give a run's folder, as "
+            "runs/digits, or one with a checkpoint.json"
+        ),
         command="sharpness",
         arguments="--checkpoint .",
         config=False,
     ),
     Row(
-        "a run that has not ended",
-        "--checkpoint run: no weights.pt there; the run has not ended",
+        "a run that has not ended, without a checkpoint",
+        "--checkpoint run: no weights.pt and no checkpoint there; the run has not ended",
         command="sharpness",
         arguments="--checkpoint run",
         config=False,
@@ -916,6 +924,34 @@ ROWS = (
         arguments="--checkpoint run",
         config=False,
         files={"run/config.yaml": CONFIG, "run/weights.pt": "text"},
+    ),
+    Row(
+        "a checkpoint made in Python",
+        (
+            "--checkpoint step: no configuration is in its notes, where headrace.launch.train "
+            "keeps it: give a folder with a config.yaml, and a weights.pt by "
+            "torch.save(load_weights('step'), 'weights.pt')"
+        ),
+        command="sharpness",
+        arguments="--checkpoint step",
+        config=False,
+        files={"step/checkpoint.json": MANIFEST},
+    ),
+    Row(
+        "a checkpoint of which a file is gone",
+        (
+            "--checkpoint step: step/weights/stage-0.safetensors cannot be read: No such file or "
+            "directory: the checkpoint is damaged; go on from an older one, or remove it"
+        ),
+        command="sharpness",
+        arguments="--checkpoint step",
+        config=False,
+        files={
+            "step/checkpoint.json": MANIFEST.replace(
+                '"files": {}',
+                '"files": {"weights/stage-0.safetensors": {"bytes": 8, "sha256": ""}}',
+            )
+        },
     ),
     Row(
         "a box out of range",
