@@ -30,6 +30,7 @@ from .display import count
 from .landscape import draw_line, draw_worst
 from .minima import STEPS, Data, Line, Measured, State, measure, measure_line
 from .ranks import check_stages, hear, processes, rank, refuse_error, stop, tell
+from .run_files import check_folder
 from .saved import Saved, find_saved
 
 __all__ = ["main"]
@@ -99,6 +100,8 @@ def parse_command(arguments: Sequence[str]) -> tuple[Config, Options]:
     out = own.out or saved[0].out
     if (out / "sharpness.json").exists():
         raise ValueError(f"--out {out}: there is a sharpness.json already; give another folder")
+    if not rank():
+        check_folder(out, "--out")
     config = saved[0].config(rest)
     if config.stages is not None and not any(each.startswith("--stages") for each in rest):
         config = replace(config, stages=processes() or config.stages)

@@ -961,6 +961,14 @@ ROWS = (
         config=False,
     ),
     Row(
+        "files that cannot be written",
+        "--out tiny.yaml: it cannot be made: tiny.yaml is a file; give another folder",
+        command="sharpness",
+        arguments="--checkpoint run --out tiny.yaml",
+        config=False,
+        files={"run/config.yaml": CONFIG, "run/weights.pt": "text"},
+    ),
+    Row(
         "three runs",
         "--checkpoint has 3 folders: give one, or two for the line",
         command="sharpness",

@@ -242,6 +242,11 @@ def test_refusals(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monkey
     )
     Path("runs/a/sharpness.json").write_text("{}")
     assert says("runs/a").startswith("--out runs/a: there is a sharpness.json already")
+    Path("file").touch()
+    assert says("runs/a", "--out", "file").startswith("--out file: it cannot be made: file is a f")
+    assert says("runs/a", "--out", "/proc/x").startswith("--out /proc/x: it cannot be made: ")
+    Path("gone").symlink_to("nowhere")
+    assert says("runs/a", "--out", "gone/x").startswith("--out gone/x: it cannot be made: gone is")
     monkeypatch.setitem(sys.modules, "scipy.optimize", None)
     assert says("runs/a", "--out", "x").endswith("pip install 'headrace[sharpness]'")
 
