@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from headrace.pipeline import Link, Pipeline
 from headrace.pipeline.batch_size import Geometric, Steps
-from headrace.pipeline.checkpoints import Checkpoints
+from headrace.pipeline.checkpoints import Checkpoints, save_weights
 from headrace.pipeline.corrections import (
     AsynchronousNesterov,
     LearningRate,
@@ -1246,6 +1246,18 @@ ROWS = (
         "form='adam': write one of last_update, linear, momentum",
         ValueError,
         act=partial(WeightPrediction, form="adam"),
+    ),
+    Row(
+        "an optimizer's class by a number",
+        "of=3: give the name of an optimizer's class, as in of='Muon'",
+        ValueError,
+        act=partial(WeightPrediction, of=3),
+    ),
+    Row(
+        "weights that are no tensors",
+        "'a' is a int, and weights are tensors: give a model's state_dict()",
+        TypeError,
+        act=partial(save_weights, {"a": 1}, "weights.safetensors"),
     ),
     Row(
         "Nesterov's way for plain SGD",
