@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from headrace.launch import train
+from headrace.launch import saved, train
 from headrace.launch.assemble import make_model
 from headrace.launch.config import parse, to_yaml
 from headrace.launch.data import Digits
@@ -159,7 +159,9 @@ def trained() -> list[Path]:
     return sorted(Path("runs/tiny/checkpoints").iterdir())
 
 
-def test_a_checkpoint_and_a_run_that_was_stopped(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_checkpoint_and_a_run_that_was_stopped(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The last checkpoint has the weights of the run's end, and stands for it before."""
     first, last = trained()
     run = Path("runs/tiny")
@@ -177,6 +179,10 @@ def test_a_checkpoint_and_a_run_that_was_stopped(capsys: pytest.CaptureFixture[s
     said = f"headrace: runs/tiny has not ended: its newest whole checkpoint is {last}\n"
     assert capsys.readouterr().out == said
     assert (stopped.folder, stopped.out) == (last, run)
+    with monkeypatch.context() as second:
+        second.setattr(saved, "rank", lambda: 1)
+        second.setattr(saved, "hear", lambda name: str(first))
+        assert find_saved(run).checkpoint == earlier.checkpoint, "what the first rank has found"
     for file in last.glob("weights/*"):
         file.write_bytes(file.read_bytes()[:-1])
     assert find_saved(run).folder == first
