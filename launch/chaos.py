@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
+from headrace.pipeline.errors import InputError
+
 from .faults.disk import can_mount
 from .faults.plan import IN_A_JOB, KINDS, ORDER, draw
 from .faults.table import table
@@ -30,7 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         signal.signal(number, _leave)
     options = _parse(sys.argv[1:] if arguments is None else arguments)
     kinds = [kind for kind in KINDS if kind in options.kinds.split(",")]
-    folder = new_folder(Path(options.folder).parent, Path(options.folder).name)
+    try:
+        folder = new_folder(Path(options.folder).parent, Path(options.folder).name)
+    except InputError as error:
+        refuse(f"--folder: {error}")
     if "full" in kinds and (why := can_mount(folder / "disk")):
         print(f"no fault fills the disk: {why}", flush=True)
         kinds.remove("full")

@@ -20,7 +20,16 @@ from jsonargparse import ArgumentError, ArgumentParser
 from .components import Component, check, did_you_mean, find
 from .strict_yaml import dump, load, load_file, shorten
 
-__all__ = ["Config", "Data", "PipelineOptions", "find_file", "parse", "read_overrides", "to_yaml"]
+__all__ = [
+    "Config",
+    "Data",
+    "PipelineOptions",
+    "find_file",
+    "parse",
+    "parse_text",
+    "read_overrides",
+    "to_yaml",
+]
 
 _OWN = Path(__file__).with_name("configs")
 
@@ -139,8 +148,6 @@ def parse(arguments: Sequence[str]) -> Config:
     Raises:
         ValueError: in one line, naming the file or the key, and what to write.
     """
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
     if {"-h", "--help"} & set(arguments):
         print(_help())
         raise SystemExit(0)
@@ -149,13 +156,39 @@ def parse(arguments: Sequence[str]) -> Config:
     tree: dict[str, Any] = {}
     if file is not None:
         path = find_file(file)
-        tree = load_file(path)
-        if not isinstance(tree, dict):
-            what = "nothing" if tree is None else shorten(tree)
-            raise ValueError(f"{path}: a configuration is keys and values, not {what}")
+        tree = _check_tree(load_file(path), str(path))
         tree.setdefault("name", path.stem)
+    return _make(tree, [(key, value) for key, value in overrides if key != "config"])
+
+
+def parse_text(text: str, where: str, arguments: Sequence[str] = ()) -> Config:
+    """Read what `to_yaml` wrote, and the overrides after it, as `parse` does.
+
+    Args:
+        where: the text is from, for messages.
+
+    Raises:
+        ValueError: in one line, naming the key, and what to write.
+    """
+    try:
+        tree = load(text)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    return _make(_check_tree(tree, where), list(read_overrides(arguments)))
+
+
+def _check_tree(tree: Any, where: str) -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        what = "nothing" if tree is None else shorten(tree)
+        raise ValueError(f"{where}: a configuration is keys and values, not {what}")
+    return tree
+
+
+def _make(tree: dict[str, Any], overrides: list[tuple[str, str]]) -> Config:
+    """The configuration of a file's tree and what the command line changes in it."""
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
     # A class_path goes first: it drops the arguments of the one in the file.
-    overrides = [(key, value) for key, value in overrides if key != "config"]
     for key, value in sorted(overrides, key=lambda item: not item[0].endswith(".class_path")):
         _assign(tree, key, _value(key, value))
     config: Config = _build(Config, tree)

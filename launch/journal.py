@@ -71,7 +71,7 @@ class Journal:
         self._notes = pipe.notes
         self._notes["config"] = to_yaml(config)
         if pipe.position.total:
-            self._out.print(_where(pipe.position))
+            self._out.print(_where(pipe.position, config.epochs))
         total = samples * config.epochs // pipe.replicas if samples is not None else None
         self._line = ProgressLine(self._out, config.epochs, total)
 
@@ -176,8 +176,12 @@ class Journal:
         whose = f", replica {self._replica} of {self._replicas}" if self._replicas > 1 else ""
         rows = {f"test {name}": f"{value:.4f}" for name, value in scores.items() if name != "loss"}
         rows |= {"test loss": f"{scores['loss']:.4f}"} if scores else {}
-        rows["train loss"] = f"{self._loss:.4f}, mean of the last epoch{whose}"
-        rows["samples/s"] = f"{self._rate:,.0f}, trained for {duration(self._seconds)}{whose}"
+        if math.isfinite(self._loss):
+            rows["train loss"] = f"{self._loss:.4f}, mean of the last epoch{whose}"
+        else:  # all of it was still in flight at its end, or skipped
+            rows["train loss"] = f"-, as no finite loss came back in the last epoch{whose}"
+        rate = f"{self._rate:,.0f}" if self._samples and self._seconds else "-"
+        rows["samples/s"] = f"{rate}, trained for {duration(self._seconds)}{whose}"
         if skipped := sum(stage.skipped for stage in statistics):
             rows["skipped updates"] = str(skipped)
         many = self._replicas > 1
@@ -188,7 +192,7 @@ class Journal:
             "own delay" if shards else "staleness": [
                 f"{stage.staleness_mean:.2f}" for stage in statistics
             ],
-            "busy": [f"{stage.busy:.0%}" for stage in statistics],
+            "busy": ["-" if math.isnan(s.busy) else f"{s.busy:.0%}" for s in statistics],
         }
         for name, digits, column in (
             ("lag", ".1f", [stage.lag_mean for stage in statistics]),
@@ -275,7 +279,10 @@ def _what_auto_chose(chosen: Mapping[int, Sequence[str]]) -> str:
     return f"auto chose {', '.join(each)}"
 
 
-def _where(position: Position) -> str:
+def _where(position: Position, epochs: int) -> str:
+    if position.epochs >= epochs:
+        done = "its epoch is" if epochs == 1 else f"its {epochs} epochs are"
+        return f"{done} done, after {position.samples:,} samples: nothing is left to train"
     within = f", mini-batch {position.mini_batches:,}" if position.mini_batches else ""
     return f"goes on in epoch {position.epochs + 1}{within}, after {position.samples:,} samples"
 

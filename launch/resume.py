@@ -15,10 +15,18 @@ from .ranks import hear, rank, recall, remember, tell
 from .run_files import new_folder
 from .strict_yaml import load, load_file
 
-__all__ = ["Beginning", "differences", "find_beginning", "plan_checkpoints", "run_folder"]
+__all__ = [
+    "PLACE",
+    "Beginning",
+    "differences",
+    "find_beginning",
+    "plan_checkpoints",
+    "run_folder",
+]
 
 RUNS = Path("runs")
 PLACE = "checkpoints"
+"""Where in a run's folder they are."""
 
 
 @dataclass(frozen=True)

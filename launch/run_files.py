@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -105,20 +106,28 @@ def new_folder(root: Path, name: str) -> Path:
             return folder
 
 
-def check_folder(root: Path) -> None:
+def check_folder(root: Path, option: str = "") -> None:
     """Refuse a folder in which nothing can be made, before there is anything to write.
 
+    Args:
+        option: that names it, as "--out"; "": none does.
+
     Raises:
-        InputError: it is a file, or belongs to somebody else.
+        InputError: it is a file, belongs to somebody else, or is no place for files, as /proc.
     """
-    there = next(each for each in (root.absolute(), *root.absolute().parents) if each.exists())
-    if not there.is_dir():
-        raise _unwritable(root, f"{there.name} is a file")
-    if not os.access(there, os.W_OK):
-        raise _unwritable(root, "Permission denied")
+    try:
+        there = next(p for p in (root.absolute(), *root.absolute().parents) if os.path.lexists(p))
+        if not there.is_dir():
+            raise _unwritable(root, f"{there.name} is a file", option)
+        with TemporaryDirectory(prefix=".headrace-", dir=there):
+            pass
+    except OSError as error:
+        raise _unwritable(root, error.strerror or "", option) from error
 
 
-def _unwritable(folder: Path, why: str) -> InputError:
+def _unwritable(folder: Path, why: str, option: str = "") -> InputError:
+    if option:
+        return InputError(f"{option} {folder}: it cannot be made: {why}; give another folder")
     return InputError(
         f"{folder} cannot be made: {why}; start in a folder that you may write to, or move away "
         "what is in the way"

@@ -2,6 +2,7 @@
 
 python -m headrace.launch.sharpness --checkpoint runs/A [runs/B] [options] [--KEY VALUE ...]
 
+Of a run that has not ended, its newest whole checkpoint is measured; or give a checkpoint's folder.
 Prints a table, and writes sharpness.json and pictures. Everything is computed over all training
 data in float64, layers in evaluation mode, through a pipeline: under torchrun a stage a process,
 for a model that is larger than one device.
@@ -24,13 +25,15 @@ from headrace.pipeline.objective import Objective
 from headrace.pipeline.sharpness import Eigenvalue, Sharpness, find_solver
 
 from .assemble import make_loader, make_loss, make_metrics, make_model
-from .config import Config, parse
+from .config import Config
 from .display import count
 from .landscape import draw_line, draw_worst
 from .minima import STEPS, Data, Line, Measured, State, measure, measure_line
 from .ranks import check_stages, hear, processes, rank, refuse_error, stop, tell
+from .run_files import check_folder
+from .saved import Saved, find_saved
 
-__all__ = ["load_checkpoint", "main"]
+__all__ = ["main"]
 
 
 @dataclass(frozen=True)
@@ -38,14 +41,14 @@ class Options:
     """What the command line says, beside the configuration's keys.
 
     Args:
-        folders: of one run or two.
+        saved: one, or two for the line.
         out: for the files.
         epsilon: of each φ, the largest first.
         subspace: p, the number of random directions.
         seed: of those directions, random starts and first vectors.
     """
 
-    folders: tuple[Path, ...]
+    saved: tuple[Saved, ...]
     out: Path
     epsilon: tuple[float, ...]
     subspace: int
@@ -59,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         config, options = parse_command(sys.argv[1:] if arguments is None else arguments)
         find_solver()
-        states = [load_checkpoint(folder)[1] for folder in options.folders]
+        states = [each.weights() for each in options.saved]
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         data = _make_data(config)
@@ -93,59 +96,38 @@ def parse_command(arguments: Sequence[str]) -> tuple[Config, Options]:
             raise ValueError(f"--epsilon {epsilon:g}: give numbers above 0 and below 1, as 1e-3")
     if own.subspace < 1:
         raise ValueError(f"--subspace {own.subspace}: give a number of directions, 1 or more")
-    out = own.out or folders[0]
+    saved = tuple(find_saved(folder) for folder in folders)
+    out = own.out or saved[0].out
     if (out / "sharpness.json").exists():
         raise ValueError(f"--out {out}: there is a sharpness.json already; give another folder")
-    config, _ = load_checkpoint(folders[0], rest)
+    if not rank():
+        check_folder(out, "--out")
+    config = saved[0].config(rest)
     if config.stages is not None and not any(each.startswith("--stages") for each in rest):
         config = replace(config, stages=processes() or config.stages)
     check_stages(config.stages)
     epsilons = tuple(sorted(set(own.epsilon), reverse=True))
-    return config, Options(folders, out, epsilons, own.subspace, own.seed)
+    return config, Options(saved, out, epsilons, own.subspace, own.seed)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m headrace.launch.sharpness",
-        usage="%(prog)s --checkpoint RUN [RUN] [options] [--KEY VALUE ...]",
+        usage="%(prog)s --checkpoint FOLDER [FOLDER] [options] [--KEY VALUE ...]",
         description=f"{(__doc__ or '').partition('.')[0]}.",
         epilog="Keys are the configuration's: python -m headrace.launch.train --help lists them.",
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--checkpoint", type=Path, nargs="+", required=True, metavar="RUN", help="folders of runs")
-    add("--out", type=Path, help="folder for the files (default: the first run's)")
+    add("--checkpoint", type=Path, nargs="+", required=True, metavar="FOLDER", help="of a run (its "
+        "end, or its newest checkpoint while it has not ended), or of a checkpoint")  # fmt: skip
+    add("--out", type=Path, help="folder for the files (default: the first run's; beside a "
+        "checkpoint, its name with -sharpness)")  # fmt: skip
     add("--epsilon", type=float, nargs="+", default=[1e-3, 5e-4], help="sizes of the box "
         "(default 1e-3 5e-4)")  # fmt: skip
     add("--subspace", type=int, default=100, metavar="P", help="random directions (default 100)")
     add("--seed", type=int, default=0, help="of directions and random starts (default 0)")
     return parser
-
-
-def load_checkpoint(folder: Path, overrides: Sequence[str] = ()) -> tuple[Config, State]:
-    """The configuration and the whole model's weights and buffers of a run's folder.
-
-    Args:
-        overrides: changes of the configuration: "--KEY", "VALUE", …
-
-    Raises:
-        ValueError: there is no such run, or it has no weights; says what to give.
-    """
-    file, weights = folder / "config.yaml", folder / "weights.pt"
-    if not file.is_file():
-        raise ValueError(
-            f"--checkpoint {folder}: no config.yaml there; give a run's folder, as runs/digits"
-        )
-    if not weights.is_file():
-        raise ValueError(f"--checkpoint {folder}: no weights.pt there; the run has not ended")
-    config = parse(["--config", str(file), *overrides])
-    try:
-        state = torch.load(weights, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch's, zip's and pickle's own; nothing of the file has run
-        raise ValueError(
-            f"--checkpoint {folder}: weights.pt cannot be read; give a run that has ended whole"
-        ) from error
-    return config, state
 
 
 def _make_data(config: Config) -> Data:
@@ -190,11 +172,11 @@ def _run(
     first = rank() == 0
     start = time.perf_counter()
     points = []
-    for folder, state in zip(options.folders, states, strict=True):
+    for each, state in zip(options.saved, states, strict=True):
         try:
             points.append(f.at(state))
         except ValueError as error:
-            raise InputError(f"--checkpoint {folder}: {error}") from error
+            raise InputError(f"--checkpoint {each.folder}: {error}") from error
     n = len(points[0])
     if options.subspace > n:
         raise InputError(
@@ -202,12 +184,12 @@ def _run(
         )
     metrics = make_metrics(config)
     found = []
-    for folder, state in zip(options.folders, states, strict=True):
+    for each, state in zip(options.saved, states, strict=True):
         f.at(state)
         found.append(
             measure(
                 f,
-                str(folder),
+                str(each.folder),
                 state,
                 data,
                 metrics,

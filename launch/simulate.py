@@ -130,7 +130,8 @@ def _grid(own: argparse.Namespace) -> Grid:
         if (value := getattr(own, name)) < 1:
             raise ValueError(f"--{name} {value}: give a whole number of at least 1")
     stages = _numbers("stages", own.stages, int, "whole numbers from 1 on, as in 8,16,32")
-    rates = _numbers("rates", own.rates, float, "learning rates, as in 1e-3,3e-3")
+    what = "learning rates, as in 1e-3,3e-3"
+    rates = _numbers("rates", own.rates, float, what) if own.rates else ()
     variants = read_variants(own.variants) if own.variants else DEFAULT
     if own.until is not None and not 0 < own.until < math.inf:
         raise ValueError(f"--until {own.until}: give a training loss above 0")
@@ -144,8 +145,8 @@ def _numbers(name: str, text: str, read: Callable[[str], _T], what: str) -> tupl
         values = tuple(dict.fromkeys(read(part) for part in text.split(",") if part.strip()))
     except ValueError:
         values = ()  # refused below
-    if (text and not values) or any(not 0 < value < math.inf for value in values):
-        raise ValueError(f"--{name} {text}: give {what}")
+    if not values or any(not 0 < value < math.inf for value in values):
+        raise ValueError(f"--{name} {text or repr(text)}: give {what}")
     return values
 
 

@@ -20,7 +20,8 @@ from .config import Config, find_file, parse, read_overrides
 from .profiling.options import Options
 from .profiling.profiler import prepare, profile
 from .profiling.systems import SYSTEMS, default_rows
-from .ranks import check_stages, processes, refuse_error
+from .ranks import check_stages, processes, rank, refuse_error
+from .run_files import check_folder
 from .strict_yaml import load
 
 __all__ = ["main", "parse_command"]
@@ -67,6 +68,8 @@ def parse_command(arguments: Sequence[str]) -> tuple[Config, Options]:
         raise ValueError(f"--link-latency-ms {milliseconds}: give milliseconds, 0 or more")
     if own.out is not None and own.out.exists() and not own.out.is_dir():
         raise ValueError(f"--out {own.out}: there is a file of that name; give a folder")
+    if own.out is not None and not rank():
+        check_folder(own.out, "--out")
     config = parse(rest)
     if config.pipeline.replicas is not None:
         raise ValueError(

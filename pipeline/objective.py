@@ -81,7 +81,7 @@ class Objective:
         From then on the buffers are these.
 
         Raises:
-            ValueError: they do not fit the model; says which.
+            ValueError: they do not fit the model, or are not finite; says which.
         """
         expected = {name: tuple(tensor.shape) for name, tensor in self._state.items()}
         given = {name: tuple(tensor.shape) for name, tensor in state.items()}
@@ -92,6 +92,13 @@ class Objective:
         )
         if wrong:
             raise ValueError(f"the weights do not fit the model: {'; '.join(wrong[:3])}")
+        spoilt = [name for name, tensor in state.items() if not tensor.isfinite().all()]
+        if spoilt:
+            raise ValueError(
+                f"the weights of layer {spoilt[0].rpartition('.')[0]!r} are not finite: NaN or "
+                f"infinity in {', '.join(spoilt[:3])}; take a checkpoint from before training "
+                "diverged"
+            )
         self._state = {name: _double(tensor.detach().cpu()) for name, tensor in state.items()}
         return self._flatten(self._state)
 

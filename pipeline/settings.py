@@ -74,9 +74,11 @@ def make_optimizers(
     try:
         made = factory(parameters)
     except Exception as error:
+        more = len(parameters) - 1
+        others = f"s {parameters[0][0]!r} and {more} other{'s' * (more > 1)}"
         raise InputError(
-            f"optimizer= raised {type(error).__name__}: {first_line(error)}, for the parameters "
-            f"{parameters[0][0]!r} and {len(parameters) - 1} others"
+            f"optimizer= raised {type(error).__name__}: {first_line(error)}, for the "
+            f"parameter{others if more else f' {parameters[0][0]!r}'}"
         ) from error
     optimizers = list(made) if isinstance(made, Sequence) else [made]
     for optimizer in optimizers:

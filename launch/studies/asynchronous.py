@@ -31,12 +31,14 @@ from torch.optim.lr_scheduler import MultiStepLR
 
 from headrace.models import mlp
 from headrace.pipeline.corrections import Correction, LearningRate
+from headrace.pipeline.errors import InputError
 from headrace.pipeline.replicas import Downpour
 from headrace.pipeline.settings import Settings
 
 from ..data import Digits
 from ..data.checks import import_extra
 from ..metrics import accuracy
+from ..run_files import check_folder
 from .event_simulator import Times, simulate
 
 __all__ = ["CLAIMS", "Outcome", "Runs", "Setting", "batches", "check", "draw", "main", "train"]
@@ -420,6 +422,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.seeds < 1:
         parser.error(f"--seeds {options.seeds}: give a whole number >= 1")
+    if (picture := options.picture) is not None:
+        if picture.is_dir() or picture.suffix not in (".png", ".svg", ".pdf"):
+            parser.error(f"--picture {picture}: give a file, as staleness.png, .svg or .pdf")
+        try:
+            check_folder(picture.parent, "--picture, whose folder is")
+        except InputError as error:
+            parser.error(str(error))
     torch.set_num_threads(1)
     start = time.perf_counter()
     short, runs = options.short, Runs(options.seeds, SHORT if options.short else 1.0)

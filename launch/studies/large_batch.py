@@ -29,6 +29,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from headrace.models import mlp
 from headrace.pipeline import Pipeline
 from headrace.pipeline.batch_size import Steps
+from headrace.pipeline.errors import InputError
 from headrace.pipeline.gathering import Gathering
 from headrace.pipeline.objective import Objective
 from headrace.pipeline.sharpness import directions, lambda_max, phi
@@ -36,6 +37,7 @@ from headrace.pipeline.sharpness import directions, lambda_max, phi
 from ..data import Digits
 from ..data.checks import import_extra
 from ..metrics import accuracy
+from ..run_files import check_folder
 
 __all__ = ["Claim", "Minimum", "Plan", "Run", "check", "main", "minima_table", "runs_table"]
 
@@ -380,9 +382,7 @@ def draw(runs: Runs, path: Path) -> None:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    matplotlib: Any = import_extra("matplotlib", extra="sharpness", user="large_batch --out")
-    matplotlib.use("Agg")
-    plt: Any = import_extra("matplotlib.pyplot", extra="sharpness", user="large_batch --out")
+    plt = _pyplot()
     fig, axes = plt.subplots(
         2, len(runs), figsize=(6 * len(runs), 7), squeeze=False, sharex=True, layout="constrained"
     )
@@ -410,6 +410,12 @@ def draw(runs: Runs, path: Path) -> None:
                  fontsize=13)  # fmt: skip
     fig.savefig(path, dpi=110)
     plt.close(fig)
+
+
+def _pyplot() -> Any:
+    matplotlib: Any = import_extra("matplotlib", extra="sharpness", user="large_batch --out")
+    matplotlib.use("Agg")
+    return import_extra("matplotlib.pyplot", extra="sharpness", user="large_batch --out")
 
 
 # The program ----------------------------------------------------------------------------------
@@ -450,6 +456,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.seeds < 1:
         parser.error(f"--seeds {options.seeds}: give a whole number >= 1")
+    if options.out is not None:
+        try:
+            check_folder(options.out, "--out")
+            _pyplot()
+        except (InputError, ImportError) as error:
+            parser.error(str(error))
     torch.set_num_threads(1)
     length, seeds = QUICK if options.quick else FULL, range(options.seeds)
     minima = _find_minima(length, seeds)

@@ -17,11 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from headrace.pipeline.errors import InputError
 from headrace.pipeline.rules import Rule, Synthetic
 from headrace.pipeline.synthesizers import MLP
 
 from ..data import Digits
 from ..data.checks import import_extra
+from ..run_files import check_folder
 from .digits import network, train_digits
 
 __all__ = ["agreement", "cka", "main", "smoothness"]
@@ -77,6 +79,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.iterations < 10:
         parser.error(f"--iterations {options.iterations}: give a whole number >= 10")
+    try:
+        check_folder(options.out, "--out")
+    except InputError as error:
+        parser.error(str(error))
     torch.set_num_threads(1)
     ways: dict[str, tuple[int, Callable[[], Rule] | None]] = {
         "back-propagation": (0, None),

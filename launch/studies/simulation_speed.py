@@ -12,6 +12,7 @@ optimizer for each stage, and with a graph for each stage as well, as stages in 
 """
 
 import argparse
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -74,7 +75,7 @@ WORKS = {
 
 def ways(work: Work, stages: int, share: float = 1.0) -> dict[str, Callable[[], object]]:
     """Ways to train a model on a share of the mini-batches, the plain one first."""
-    batches = work.batches(round(share * work.count))
+    batches = work.batches(max(1, round(share * work.count)))
 
     def made() -> nn.Sequential:
         torch.manual_seed(0)
@@ -166,6 +167,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     own = parser.parse_args(arguments)
     if own.rounds < 1:
         parser.error(f"--rounds {own.rounds}: give a whole number of at least 1")
+    most = min(sum(1 for layer in work.model() if [*layer.parameters()]) for work in WORKS.values())
+    if not 1 <= own.stages <= most:
+        parser.error(
+            f"--stages {own.stages}: give a whole number from 1 to {most}, the layers with weights"
+        )
+    if not 0 < own.share < math.inf:
+        parser.error(f"--share {own.share:g}: give a number above 0, as 0.1")
     torch.set_num_threads(1)
     print(f"{own.stages} stages, times those of plain training\n")
     for k, (title, work) in enumerate(WORKS.items()):

@@ -11,7 +11,7 @@ __all__ = ["Steps"]
 
 
 class Steps(Growth):
-    """A batch that changes after so many epochs.
+    """A batch that changes after so many epochs; it grows, most often, and may shrink.
 
     The noise of SGD is g ≈ ε N / (B (1 - m)): a batch B times k does what a rate ε divided by k
     would (Smith et al. 2018), in a k-th of the updates. So: keep the rate 'constant'.

@@ -33,6 +33,16 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
 
 
 def save_weights(state: Mapping[str, Tensor], file: str | Path) -> None:
-    """Write a model's `state_dict` as a safetensors file; tied weights are written each."""
+    """Write a model's `state_dict` as a safetensors file; tied weights are written each.
+
+    Raises:
+        TypeError: something in it is no tensor.
+    """
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"{name!r} is a {type(value).__name__}, and weights are tensors: give a model's "
+                "state_dict()"
+            )
     copies = {name: t.detach().cpu().contiguous().clone() for name, t in state.items()}
     save_file(copies, file, metadata={"format": "pt"})

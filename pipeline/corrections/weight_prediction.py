@@ -136,7 +136,7 @@ class WeightPrediction(Correction):
             several; None: all weights.
 
     Raises:
-        ValueError: another form, a strength that is no number above 0.
+        ValueError: another form, a strength that is no number above 0, or `of` no name.
     """
 
     at_servers = False
@@ -149,6 +149,8 @@ class WeightPrediction(Correction):
             raise ValueError(f"form={form!r}: write one of {', '.join(FORMS)}")
         if not isinstance(strength, int | float) or not 0 < strength < math.inf:
             raise ValueError(f"strength={strength!r}: give a number above 0, 1 for all of the way")
+        if not isinstance(of, str | None):
+            raise ValueError(f"of={of!r}: give the name of an optimizer's class, as in of='Muon'")
         self.form, self.strength, self.of = form, float(strength), of
         self.keeps_last = form == "last_update"
         self.reads_moments = not self.keeps_last

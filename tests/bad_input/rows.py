@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from headrace.pipeline import Link, Pipeline
 from headrace.pipeline.batch_size import Geometric, Steps
-from headrace.pipeline.checkpoints import Checkpoints
+from headrace.pipeline.checkpoints import Checkpoints, save_weights
 from headrace.pipeline.corrections import (
     AsynchronousNesterov,
     LearningRate,
@@ -43,6 +43,11 @@ data:
   batch_size: 8
 pipeline:
   balance: [4, 2]
+"""
+
+MANIFEST = """\
+{"format": 1, "position": {"epochs": 1}, "layers": [["0"]], "replicas": 1, "depths": [0],
+"kinds": {}, "notes": {}, "made": 0, "files": {}}
 """
 
 # Files ------------------------------------------------------------------------------------------
@@ -921,14 +926,17 @@ ROWS = (
     ),
     Row(
         "a folder that is no run",
-        "--checkpoint .: no config.yaml there; give a run's folder, as runs/digits",
+        (
+            "--checkpoint .: neither a run nor a checkpoint is there; give a run's folder, as "
+            "runs/digits, or one with a checkpoint.json"
+        ),
         command="sharpness",
         arguments="--checkpoint .",
         config=False,
     ),
     Row(
-        "a run that has not ended",
-        "--checkpoint run: no weights.pt there; the run has not ended",
+        "a run that has not ended, without a checkpoint",
+        "--checkpoint run: no weights.pt and no checkpoint there; the run has not ended",
         command="sharpness",
         arguments="--checkpoint run",
         config=False,
@@ -943,11 +951,47 @@ ROWS = (
         files={"run/config.yaml": CONFIG, "run/weights.pt": "text"},
     ),
     Row(
+        "a checkpoint made in Python",
+        (
+            "--checkpoint step: no configuration is in its notes, where headrace.launch.train "
+            "keeps it: give a folder with a config.yaml, and a weights.pt by "
+            "torch.save(load_weights('step'), 'weights.pt')"
+        ),
+        command="sharpness",
+        arguments="--checkpoint step",
+        config=False,
+        files={"step/checkpoint.json": MANIFEST},
+    ),
+    Row(
+        "a checkpoint of which a file is gone",
+        (
+            "--checkpoint step: step/weights/stage-0.safetensors cannot be read: No such file or "
+            "directory: the checkpoint is damaged; go on from an older one, or remove it"
+        ),
+        command="sharpness",
+        arguments="--checkpoint step",
+        config=False,
+        files={
+            "step/checkpoint.json": MANIFEST.replace(
+                '"files": {}',
+                '"files": {"weights/stage-0.safetensors": {"bytes": 8, "sha256": ""}}',
+            )
+        },
+    ),
+    Row(
         "a box out of range",
         "--epsilon 2: give numbers above 0 and below 1, as 1e-3",
         command="sharpness",
         arguments="--checkpoint run --epsilon 2",
         config=False,
+    ),
+    Row(
+        "files that cannot be written",
+        "--out tiny.yaml: it cannot be made: tiny.yaml is a file; give another folder",
+        command="sharpness",
+        arguments="--checkpoint run --out tiny.yaml",
+        config=False,
+        files={"run/config.yaml": CONFIG, "run/weights.pt": "text"},
     ),
     Row(
         "three runs",
@@ -1227,6 +1271,18 @@ ROWS = (
         "form='adam': write one of last_update, linear, momentum",
         ValueError,
         act=partial(WeightPrediction, form="adam"),
+    ),
+    Row(
+        "an optimizer's class by a number",
+        "of=3: give the name of an optimizer's class, as in of='Muon'",
+        ValueError,
+        act=partial(WeightPrediction, of=3),
+    ),
+    Row(
+        "weights that are no tensors",
+        "'a' is a int, and weights are tensors: give a model's state_dict()",
+        TypeError,
+        act=partial(save_weights, {"a": 1}, "weights.safetensors"),
     ),
     Row(
         "Nesterov's way for plain SGD",

@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 
+from headrace.launch import saved, train
 from headrace.launch.assemble import make_model
 from headrace.launch.config import parse, to_yaml
 from headrace.launch.data import Digits
+from headrace.launch.saved import find_saved
 from headrace.launch.sharpness import main
 from headrace.launch.studies import large_batch
 from headrace.launch.studies.large_batch import (
@@ -150,6 +152,67 @@ def test_the_line_between_two(capsys: pytest.CaptureFixture[str]) -> None:
     assert result(alone)["checkpoints"][0] == b, "the other's buffers are gone"
 
 
+def trained() -> list[Path]:
+    """A run's checkpoints, the newest last."""
+    Path("tiny.yaml").write_text(TINY)
+    train.main(["--config", "tiny.yaml", "--checkpoint.every", "1", "--checkpoint.keep", "9"])
+    return sorted(Path("runs/tiny/checkpoints").iterdir())
+
+
+def test_a_checkpoint_and_a_run_that_was_stopped(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last checkpoint has the weights of the run's end, and stands for it before."""
+    first, last = trained()
+    run = Path("runs/tiny")
+    ended, (earlier, later) = find_saved(run), map(find_saved, (first, last))
+    whole = ended.weights()
+    assert ended.checkpoint is None and ended.config() == later.config(["--stages", "2"]), (
+        "the notes have all of it"
+    )
+    assert all(torch.equal(whole[name], each) for name, each in later.weights().items())
+    assert any(not torch.equal(whole[name], each) for name, each in earlier.weights().items())
+    capsys.readouterr()
+
+    (run / "weights.pt").unlink()
+    stopped = find_saved(run)
+    said = f"headrace: runs/tiny has not ended: its newest whole checkpoint is {last}\n"
+    assert capsys.readouterr().out == said
+    assert (stopped.folder, stopped.out) == (last, run)
+    with monkeypatch.context() as second:
+        second.setattr(saved, "rank", lambda: 1)
+        second.setattr(saved, "hear", lambda name: str(first))
+        assert find_saved(run).checkpoint == earlier.checkpoint, "what the first rank has found"
+    for file in last.glob("weights/*"):
+        file.write_bytes(file.read_bytes()[:-1])
+    assert find_saved(run).folder == first
+    assert str(last) in capsys.readouterr().out
+    assert find_saved(run / "checkpoints").folder == first
+
+    main(["--checkpoint", str(first), *FEW, "--data.batch_size", "20"])
+    assert result(f"{first}-sharpness")["checkpoints"][0]["checkpoint"] == str(first)
+    assert not (first / "sharpness.json").exists(), "a checkpoint stays as it was written"
+
+
+def test_weights_that_are_none_or_not_finite(capsys: pytest.CaptureFixture[str]) -> None:
+    file = Path("runs/a/weights.pt")
+    weights = torch.load(file)
+
+    def says(state: Any) -> str:
+        torch.save(state, file)
+        line = refused(capsys, "--checkpoint", "runs/a")
+        return line.removeprefix("--checkpoint runs/a: ")
+
+    assert says([1]).startswith("weights.pt does not hold tensors by their names (it is a list);")
+    assert "('1.weight' is a int)" in says(weights | {"1.weight": 5})
+    spoilt = weights["5.weight"].clone()
+    spoilt[0, 0] = float("nan")
+    assert says(weights | {"5.weight": spoilt}) == (
+        "the weights of layer '5' are not finite: NaN or infinity in 5.weight; take a checkpoint "
+        "from before training diverged"
+    )
+
+
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     with pytest.raises(SystemExit) as end:
         main(arguments)
@@ -164,7 +227,8 @@ def test_refusals(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monkey
         return refused(capsys, "--checkpoint", *arguments)
 
     assert says("runs/none") == (
-        "--checkpoint runs/none: no config.yaml there; give a run's folder, as runs/digits"
+        "--checkpoint runs/none: neither a run nor a checkpoint is there; give a run's folder, as "
+        "runs/digits, or one with a checkpoint.json"
     )
     assert says("runs/a", "runs/b", "runs/a").startswith("--checkpoint has 3 folders: give one")
     assert says("runs/a", "--epsilon", "0").startswith("--epsilon 0: give numbers above 0")
@@ -179,9 +243,16 @@ def test_refusals(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monkey
     Path("runs/b/weights.pt").write_bytes(b"nothing")
     assert says("runs/b").startswith("--checkpoint runs/b: weights.pt cannot be read")
     Path("runs/b/weights.pt").unlink()
-    assert says("runs/b") == "--checkpoint runs/b: no weights.pt there; the run has not ended"
+    assert says("runs/b") == (
+        "--checkpoint runs/b: no weights.pt and no checkpoint there; the run has not ended"
+    )
     Path("runs/a/sharpness.json").write_text("{}")
     assert says("runs/a").startswith("--out runs/a: there is a sharpness.json already")
+    Path("file").touch()
+    assert says("runs/a", "--out", "file").startswith("--out file: it cannot be made: file is a f")
+    assert says("runs/a", "--out", "/proc/x").startswith("--out /proc/x: it cannot be made: ")
+    Path("gone").symlink_to("nowhere")
+    assert says("runs/a", "--out", "gone/x").startswith("--out gone/x: it cannot be made: gone is")
     monkeypatch.setitem(sys.modules, "scipy.optimize", None)
     assert says("runs/a", "--out", "x").endswith("pip install 'headrace[sharpness]'")
 

@@ -247,6 +247,7 @@ def test_a_run_that_diverges_is_an_outcome() -> None:
     [
         ("--stages 2,x", "--stages 2,x: give whole numbers from 1 on, as in 8,16,32"),
         ("--stages 0", "--stages 0: give whole numbers from 1 on, as in 8,16,32"),
+        ("--stages=", "--stages '': give whole numbers from 1 on"),
         ("--stages ,", "--stages ,: give whole numbers"),
         ("--stages 2 --seeds 0", "--seeds 0: give a whole number of at least 1"),
         ("--stages 2 --rates -1", "--rates -1: give learning rates, as in 1e-3,3e-3"),
@@ -276,6 +277,24 @@ def test_the_ratios_to_plain_training(capsys: pytest.CaptureFixture[str]) -> Non
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "4 stages, times those of plain training"
     assert re.fullmatch(r"\| MLP +\| 1\.00 +(\| \d+\.\d\d +){6}\|", lines[-1])
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--stages", "0"], "--stages 0: give a whole number from 1 to 8, the layers with weights"),
+        (["--stages", "9"], "--stages 9: give a whole number from 1 to 8"),
+        (["--share", "0"], "--share 0: give a number above 0"),
+        (["--share", "nan"], "--share nan: give a number above 0"),
+    ],
+)
+def test_speeds_that_cannot_be_measured(
+    capsys: pytest.CaptureFixture[str], given: list[str], said: str
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        speed(given)
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
 
 
 def test_plain_training_in_several_graphs_is_the_same() -> None:

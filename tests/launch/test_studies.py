@@ -3,13 +3,16 @@
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from headrace.launch.studies.asynchronous import main as asynchronous
 from headrace.launch.studies.digits import network, train_digits
 from headrace.launch.studies.jitter import SLOWDOWN, spells
+from headrace.launch.studies.large_batch import main as large_batch
 from headrace.launch.studies.recall import Recall, train_recall
 from headrace.launch.studies.recall import main as recall
 from headrace.launch.studies.representations import agreement, cka, smoothness
@@ -113,6 +116,31 @@ def test_the_picture_of_representations(tmp_path: Path, capsys: pytest.CaptureFi
     out = capsys.readouterr().out
     assert len(re.findall(r"^(cDNI|DNI|untrained) +(0\.\d\d +){3}0\.\d\d$", out, re.M)) == 3
     assert (tmp_path / "representations.png").stat().st_size > 20_000
+
+
+@pytest.mark.parametrize(
+    ("study", "given", "said"),
+    [
+        (large_batch, ["--out", "file"], "--out file: it cannot be made: file is a file; give"),
+        (representations, ["--out", "file/x"], "--out file/x: it cannot be made: file is a file"),
+        (asynchronous, ["--picture", "file/x.png"], "folder is file: it cannot be made: file is"),
+        (asynchronous, ["--picture", "x.what"], "--picture x.what: give a file, as staleness.png"),
+    ],
+)
+def test_what_cannot_be_written_is_told_before_anything_is_trained(
+    study: Callable[[list[str]], None],
+    given: list[str],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    with pytest.raises(SystemExit) as ended:
+        study(given)
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
 
 
 def test_jitter_needs_three_stages() -> None:

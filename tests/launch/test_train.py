@@ -389,6 +389,23 @@ def test_what_is_printed(folder: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert "\x1b" not in shown
 
 
+def test_what_is_not_known_is_a_dash(capsys: pytest.CaptureFixture[str]) -> None:
+    """An epoch of one mini-batch, still in flight at its end; and a run with nothing left to do."""
+    once = ["--epochs", "1", "--data.batch_size", "64"]
+    train(*once)
+    out = capsys.readouterr().out
+    assert re.search(r"^train loss +-, as no finite loss came back in the last epoch *$", out, re.M)
+    assert re.search(r"^samples/s +-, trained for 0:0\d *$", out, re.M)
+    assert "nan" not in out
+    train(*once, "--checkpoint.every", "1", "--name", "saved")
+    capsys.readouterr()
+    train(*once, "--checkpoint.resume", "runs/saved")
+    out = capsys.readouterr().out
+    assert "its epoch is done, after 50 samples: nothing is left to train\n" in out
+    assert re.search(r"^busy +-  +- *$", out, re.M)
+    assert "nan" not in out
+
+
 def test_progress_without_a_terminal_is_lines_at_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])

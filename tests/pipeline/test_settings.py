@@ -1,4 +1,4 @@
-"""Learning rates that are multiplied for one block only."""
+"""The factory of optimizers, and learning rates that are multiplied for one block only."""
 
 from typing import Any
 
@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from headrace.pipeline.errors import InputError
 from headrace.pipeline.learning_rates import multiplied
+from headrace.pipeline.settings import make_optimizers
 
 
 def weights() -> list[nn.Parameter]:
@@ -64,3 +66,13 @@ def test_a_step_in_the_block_goes_that_much_less_far() -> None:
     assert weight.item() == 1 - 0.5 * 0.25
     sgd.step()
     assert weight.item() == 1 - 0.5 * 0.25 - 0.5
+
+
+@pytest.mark.parametrize(
+    ("count", "said"),
+    [(1, "parameter '0'"), (2, "parameters '0' and 1 other"), (3, "parameters '0' and 2 others")],
+)
+def test_a_factory_that_raises_is_told_of_with_how_many_it_had(count: int, said: str) -> None:
+    parameters = [(f"{k}", nn.Parameter(torch.zeros(1))) for k in range(count)]
+    with pytest.raises(InputError, match=rf"IndexError: .*, for the {said}$"):
+        make_optimizers(lambda each: [][len(each)], parameters)

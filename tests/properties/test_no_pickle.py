@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from headrace import launch, models, pipeline
-from headrace.launch.sharpness import load_checkpoint
+from headrace.launch.saved import find_saved
 from headrace.pipeline.replicas.server import Checkpoint
 
 from ..pipeline.test_server import make_shard
@@ -111,7 +111,7 @@ def test_files_that_are_no_weights(tmp_path: Path, how: str) -> None:
         "optimizer: {class_path: SGD, init_args: {lr: 0.1}}\ndata: {train: Digits}\n"
     )
     with pytest.raises(ValueError, match=r"weights.pt cannot be read; give a run that has ended"):
-        load_checkpoint(tmp_path)
+        find_saved(tmp_path).weights()
     with pytest.raises(ValueError, match=r"weights.pt is not of these weights and optimizer"):
         Checkpoint(tmp_path / "weights.pt", 1).resume(make_shard())
     assert not ran.exists()
