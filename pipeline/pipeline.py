@@ -37,6 +37,7 @@ from .blueprint import Blueprint
 from .channel import Links
 from .checkpoints import Checkpoint, Checkpoints, Position, load_weights
 from .checkpoints.keeper import Ended, Keeper
+from .checkpoints.plan import check_folder, check_number
 from .checkpoints.restoring import Restoring, check_layers, find
 from .corrections import Correction
 from .course import Course
@@ -416,8 +417,13 @@ class Pipeline:
 
         Raises:
             OSError: it cannot be written (under torchrun it ends the job).
+            TypeError, ValueError: a path that is none, a `keep` below 1; nothing is written.
         """
         self._require_built("save()")
+        with self._reporting("saving a checkpoint", refuses=True):
+            check_folder("path", path)
+            if keep is not None:
+                check_number("keep", keep, "None: all are kept")
         self._save(Path(path), keep)
         self._keeper.wait()
 

@@ -463,3 +463,16 @@ def test_a_call_within_a_call(tmp_path: Path) -> None:
 def test_arguments_that_are_none(act: Any, kind: type[Exception], text: str) -> None:
     with pytest.raises(kind, match=text):
         act()
+
+
+@pytest.mark.parametrize("keep", (0, -1, "2", True, 1.5), ids=repr)
+def test_a_save_that_would_keep_nothing_writes_nothing(tmp_path: Path, keep: Any) -> None:
+    pipe = pipeline(2)
+    with pytest.raises(ValueError, match=rf"^keep={keep!r}: give a whole number >= 1, or None: "):
+        pipe.save(tmp_path / "one", keep)
+    for path in (5, ""):
+        with pytest.raises(TypeError, match=rf"^path={path!r}: give a folder's name$"):
+            pipe.save(path)  # type: ignore[arg-type]
+    assert not [*tmp_path.iterdir()]
+    pipe.save(tmp_path / "one", keep=1)
+    assert Checkpoint.open(tmp_path).folder == tmp_path / "one"
