@@ -6,6 +6,8 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from .checkpoint import CheckpointError
+
 __all__ = ["load_optimizers", "optimizer_states"]
 
 OWN = ("params", "param_names", "names")
@@ -42,7 +44,7 @@ def load_optimizers(
         saved: of each stage, what `optimizer_states` gave.
 
     Raises:
-        ValueError: an optimizer of this class did not move one of the weights.
+        CheckpointError: an optimizer of this class did not move one of the weights.
     """
     names = {id(weight): name for name, weight in weights.items()}
     for optimizer in optimizers:
@@ -63,7 +65,7 @@ def _load(
         own = [names[id(parameter)] for parameter in group["params"]]
         for name in own:
             if name not in homes:
-                raise ValueError(
+                raise CheckpointError(
                     f"the checkpoint has no {type(optimizer).__name__} of {name!r}, but "
                     f"{', '.join(dict.fromkeys(kinds)) or 'no optimizer'} of others: write the "
                     "optimizer that it was saved with, or load its weights alone"
