@@ -50,6 +50,11 @@ class Correction(Stateful):
     synchronous = 0
     """Updates, from the first one, before which nothing may be late."""
 
+    @property
+    def kind(self) -> str:
+        """What it is, in a word: corrections of one kind have the same state."""
+        return type(self).__name__
+
     def check(self, depths: Sequence[int], update_every: int) -> None:
         """Refuse a pipeline for which it is not defined.
 

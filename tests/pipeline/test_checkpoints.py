@@ -22,7 +22,7 @@ from headrace.pipeline.checkpoints import (
     load_weights,
     save_weights,
 )
-from headrace.pipeline.corrections import SpikeCompensation
+from headrace.pipeline.corrections import SpikeCompensation, WeightPrediction
 
 from .helpers import adamw, assert_close, assert_same, batches_of, momentum, tanh_net
 
@@ -195,6 +195,24 @@ def test_other_corrections_begin_anew(tmp_path: Path, capsys: pytest.CaptureFixt
     )
     assert_same(pipe.state_dict(), weights)
     assert _optimizers(tmp_path / "one")
+
+
+FORMS = ("last_update", "linear", "momentum")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_another_form_of_a_correction_begins_anew(
+    tmp_path: Path, form: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They keep other things: one had been read as the other, or could not be."""
+    weights = saved(tmp_path / "one", corrections=[WeightPrediction(form)])
+    for other in FORMS:
+        pipe = pipeline(3, corrections=[WeightPrediction(other)])
+        pipe.load(tmp_path / "one")
+        told = "has other corrections than this pipeline" in capsys.readouterr().out
+        assert told is (other != form)
+        assert_same(pipe.state_dict(), weights)
+        pipe.train(BATCHES[:1])
 
 
 def test_nothing_there(tmp_path: Path) -> None:
