@@ -718,6 +718,7 @@ class Pipeline:
             self._watch,
             self._blueprint.serves,
             self._loads,
+            self._tunes,
         )
         for engine in self._engines:
             engine.restoring = restoring
@@ -726,13 +727,12 @@ class Pipeline:
         self._run(Call.RESTORE)
         self._course.position = Position(found.position.epochs)
         if self.is_first:
-            self._course.load_state_dict(restoring.course, restoring.share)
+            restoring.restore_course(self._course)
         self._keeper.skip()
-        if not restoring.is_same:
-            if self._tunes and self.is_first:
-                self._tune_at = self._engines[0].trained + TUNE_AT
-            if self.rank == 0:
-                print(restoring.explain(), flush=True)
+        if not restoring.is_same and self._tunes and self.is_first:
+            self._tune_at = self._engines[0].trained + TUNE_AT
+        if self.rank == 0 and (line := restoring.explain(self.depths)):
+            print(line, flush=True)
 
     # Running -----------------------------------------------------------------------------------
 
