@@ -187,8 +187,8 @@ def test_other_widths(tmp_path: Path) -> None:
         other = Pipeline(net, nn.MSELoss(), momentum, stages=stages, balance=SIZES[stages])
         with pytest.raises(
             CheckpointError,
-            match=r"one has 2\.weight of the shape \[7, 9\], and this model has it of \[5, 9\]: its "
-            "weights do not fit either; build the model that it was saved of",
+            match=r"one has 2\.weight of the shape \[7, 9\], and this model has it of \[5, 9\]: "
+            "its weights do not fit either; build the model that it was saved of",
         ):
             other.load(tmp_path / "one")
 
