@@ -161,7 +161,18 @@ def _pipeline() -> Pipeline:
 
 
 DATA = [(torch.ones(1, 2), torch.ones(1, 1))] * 3
-OTHERS = ("abc", None, -1, 1.5, True, [], {}, {"$float": "nan"}, {"$tensor": "random/cpu"}, 1 << 70)
+OTHERS: tuple[Any, ...] = (
+    "abc",
+    None,
+    -1,
+    1.5,
+    True,
+    [],
+    {},
+    {"$float": "nan"},
+    {"$tensor": "random/cpu"},
+    1 << 70,
+)
 
 
 @pytest.fixture(scope="module")
