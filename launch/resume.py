@@ -4,12 +4,16 @@ What torchrun restarts finds the run's folder in the store, where the first star
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from headrace.pipeline.checkpoints import Checkpoint, Checkpoints, find_latest
+from headrace.pipeline.checkpoints import Checkpoint, CheckpointError, Checkpoints, find_latest
+from headrace.pipeline.checkpoints.checkpoint import MANIFEST
+from headrace.pipeline.errors import first_line
 
+from .assemble import uses_total
 from .config import Config, to_yaml
 from .ranks import hear, rank, recall, remember, tell
 from .run_files import new_folder
@@ -18,8 +22,10 @@ from .strict_yaml import load, load_file
 __all__ = [
     "PLACE",
     "Beginning",
+    "check_notes",
     "differences",
     "find_beginning",
+    "past_the_end",
     "plan_checkpoints",
     "run_folder",
 ]
@@ -150,9 +156,50 @@ GOES_ON = ("optimizer", "scheduler", "data", "loss", "seed")
 """What a run that goes on has of its checkpoint, or is at its place by."""
 
 
-def differences(config: Config, saved: Any) -> str:
+def check_notes(checkpoint: Path, notes: Mapping[str, Any]) -> None:
+    """Refuse what no run has noted in its checkpoint.
+
+    Raises:
+        CheckpointError: with the file and the note.
+    """
+    file = checkpoint / MANIFEST
+    account = notes.get("journal", {})
+    if not isinstance(account, dict) or not all(_is_amount(each) for each in account.values()):
+        raise CheckpointError(
+            f"{file}: notes.journal is {account!r}, and is to be numbers by name: the checkpoint "
+            "is damaged, or its notes are another program's"
+        )
+    try:
+        _configuration(notes)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{file}: notes.config is no configuration ({first_line(error)}): the checkpoint is "
+            "damaged, or its notes are another program's"
+        ) from error
+
+
+def _is_amount(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _configuration(notes: Mapping[str, Any]) -> Any:
+    saved = notes.get("config")
+    return load(saved) if isinstance(saved, str) and saved else None
+
+
+def past_the_end(config: Config, done: int, total: int | None) -> str:
+    """What is to be said where a scheduler is told of fewer updates than were made; or nothing."""
+    if total is None or done < total or not uses_total(config.scheduler):
+        return ""
+    return (
+        f"the checkpoint has {done} updates, and by epochs, data.batch_size and pipeline this run "
+        f"would have {total} in all: the scheduler is at its end, and its last learning rate stays"
+    )
+
+
+def differences(config: Config, notes: Mapping[str, Any]) -> str:
     """Which of those keys a configuration has otherwise than a checkpoint's; nothing if none."""
-    then = load(saved) if isinstance(saved, str) and saved else None
+    then = _configuration(notes)
     now = load(to_yaml(config))
     if not isinstance(then, dict):
         return ""

@@ -33,7 +33,15 @@ from .assemble import (
 from .config import Config, parse
 from .journal import Journal
 from .ranks import check_stages, hear, rank, refuse_error, stop, tell
-from .resume import Beginning, differences, find_beginning, plan_checkpoints, run_folder
+from .resume import (
+    Beginning,
+    check_notes,
+    differences,
+    find_beginning,
+    past_the_end,
+    plan_checkpoints,
+    run_folder,
+)
 from .wording import warnings_in_yaml
 
 __all__ = ["main"]
@@ -93,9 +101,14 @@ def _run(config: Config, data: _Data, pipe: Pipeline, beginning: Beginning) -> N
     """Every rank does the same; the first one keeps the journal."""
     if beginning.checkpoint is not None:
         pipe.load(beginning.checkpoint)
-        if pipe.rank == 0 and (line := differences(config, pipe.notes.get("config", ""))):
+        check_notes(beginning.checkpoint, pipe.notes)
+        if pipe.rank == 0 and (line := differences(config, pipe.notes)):
             print(f"headrace: {line}", flush=True)
     pipe.prepare(data.train)
+    if beginning.checkpoint is not None and pipe.position.epochs < config.epochs:
+        done = max((row.updates for row in pipe.statistics()), default=0)
+        if pipe.rank == 0 and (line := past_the_end(config, done, data.updates)):
+            print(f"headrace: {line}", flush=True)
     folder = run_folder(config, beginning) if pipe.rank == 0 else None
     journal = Journal(config, pipe, data.samples, folder) if folder else None
     try:

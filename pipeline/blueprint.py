@@ -60,7 +60,7 @@ class Blueprint:
     def kinds(self) -> dict[str, Any]:
         """What has a state of its own: a checkpoint's must be of the same, or it begins anew."""
         replicas = None if self.replicas is None else type(self.replicas).__name__
-        corrections = [type(each).__name__ for each in self.settings.corrections]
+        corrections = [each.kind for each in self.settings.corrections]
         rules = [rule.kind for rule in self.rules]
         return {"rules": rules, "corrections": corrections, "replicas": replicas}
 

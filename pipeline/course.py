@@ -103,8 +103,12 @@ class Course:
         Args:
             share: of the data that is this replica's now, so many times as much was its before: as
                 replicas take turns, 2 where there were two and is one.
+
+        Raises:
+            ValueError, TypeError, KeyError, RuntimeError, AttributeError: it is no such state.
         """
-        position = Position(**state["position"])
+        _try_on(state)
+        position = Position.of(state["position"])
         self.position = replace(position, mini_batches=round(position.mini_batches * share))
         self._resumes = state
         self._began = None
@@ -117,6 +121,16 @@ def _generators_of(loader: Any) -> list[torch.Generator]:
     found = [getattr(place, "generator", None) for place in places]
     unique = {id(g): g for g in found if isinstance(g, torch.Generator)}
     return list(unique.values())
+
+
+def _try_on(state: Mapping[str, Any]) -> None:
+    """See that the random states are some: they are taken on much later, amid a pass."""
+    own = _capture([])
+    try:
+        for name in ("now",) if state["began"] is None else ("began", "here", "now"):
+            _restore(state[name], [torch.Generator() for _ in state[name]["loader"]])
+    finally:
+        _restore(own, [])
 
 
 def _capture(generators: list[torch.Generator]) -> dict[str, Any]:

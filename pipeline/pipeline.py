@@ -37,6 +37,7 @@ from .blueprint import Blueprint
 from .channel import Links
 from .checkpoints import Checkpoint, Checkpoints, Position, load_weights
 from .checkpoints.keeper import Ended, Keeper
+from .checkpoints.plan import check_folder, check_number
 from .checkpoints.restoring import Restoring, check_layers, find
 from .corrections import Correction
 from .course import Course
@@ -418,8 +419,13 @@ class Pipeline:
 
         Raises:
             OSError: it cannot be written (under torchrun it ends the job).
+            TypeError, ValueError: a path that is none, a `keep` below 1; nothing is written.
         """
         self._require_built("save()")
+        with self._reporting("saving a checkpoint", refuses=True):
+            check_folder("path", path)
+            if keep is not None:
+                check_number("keep", keep, "None: all are kept")
         self._save(Path(path), keep)
         self._keeper.wait()
 
@@ -455,9 +461,14 @@ class Pipeline:
     def _go_on_from(self, found: Checkpoint) -> None:
         blueprint = self._blueprint
         restoring = Restoring(
-            found, blueprint.kinds, self._grid, self._watch, blueprint.serves, self._loads
+            found,
+            blueprint.kinds,
+            self._grid,
+            self._watch,
+            blueprint.serves,
+            self._loads,
+            self._tunes,
         )
-        course = restoring.course if self.is_first else None
         self.notes = dict(found.notes)
         if self._driver is not None:
             self._take_up(restoring)
@@ -467,8 +478,8 @@ class Pipeline:
                 self._adopt(blueprint.cut([len(stage) for stage in found.layers]))
         # Before a cut by time, which comes with a mini-batch: by then the pass has begun.
         self._course.position = Position(found.position.epochs)
-        if course is not None:
-            self._course.load_state_dict(course, restoring.share)
+        if self.is_first:
+            restoring.restore_course(self._course)
         self._keeper.skip()
 
     @property
@@ -723,11 +734,10 @@ class Pipeline:
         if isinstance(self._driver, Serving):
             self._driver.restoring = restoring.restore_server
         self._run(Call.RESTORE)
-        if not restoring.is_same:
-            if self._tunes and self.is_first:
-                self._tune_at = self._engines[0].trained + TUNE_AT
-            if self.rank == 0:
-                print(restoring.explain(), flush=True)
+        if not restoring.is_same and self._tunes and self.is_first:
+            self._tune_at = self._engines[0].trained + TUNE_AT
+        if self.rank == 0 and (line := restoring.explain(self.depths)):
+            print(line, flush=True)
 
     # Running -----------------------------------------------------------------------------------
 

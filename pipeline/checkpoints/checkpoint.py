@@ -11,7 +11,8 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from torch import Tensor
 from ..errors import InputError
 from .files import Entry, fault_of, read_json, read_tensors
 from .position import Position
+from .schema import whole
 from .tree import unpack
 
 __all__ = [
@@ -29,6 +31,7 @@ __all__ = [
     "CheckpointError",
     "candidates",
     "find_latest",
+    "fitting",
     "is_remains",
     "label",
     "made_last",
@@ -45,6 +48,33 @@ PART = re.compile(r"(weights|state)(/[^/]+\.(safetensors|json))?")
 
 class CheckpointError(InputError):
     """What there is cannot be gone on from; the message says what to do."""
+
+
+NO_FIT = (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError, OverflowError)
+"""What taking on a state may raise that is of something else."""
+
+
+@contextmanager
+def fitting(what: str | Path, whom: str) -> Iterator[None]:
+    """Take on a state in the block.
+
+    Args:
+        what: the file or folder. whom: who is to be what it is of.
+
+    Raises:
+        CheckpointError: it is of something else.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except NO_FIT as error:
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise CheckpointError(
+            f"{what} does not fit {whom} ({kind}{' '.join(str(error).split())}): it is damaged, or "
+            "was written for other layers, or by another version; load_state_dict(load_weights(…)) "
+            "takes what it has of weights"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -105,12 +135,12 @@ class Checkpoint:
                     f"{folder} is of format {manifest['format']!r}, and this reads {FORMAT}: take "
                     "the version of headrace that wrote it"
                 )
-            position = Position(**{key: int(n) for key, n in manifest["position"].items()})
+            position = Position.of(manifest["position"])
             layers = [[str(name) for name in stage] for stage in manifest["layers"]]
             files = {str(name): _entry(each) for name, each in manifest["files"].items()}
-            depths = [int(depth) for depth in manifest["depths"]]
+            depths = _depths(manifest["depths"], len(layers))
             kinds, notes = dict(manifest["kinds"]), dict(manifest["notes"])
-            replicas, made = int(manifest["replicas"]), float(manifest["made"])
+            replicas, made = whole("replicas", manifest["replicas"]), float(manifest["made"])
             return cls(folder, position, layers, replicas, depths, kinds, notes, made, files)
         except CheckpointError:
             raise
@@ -185,6 +215,19 @@ class Checkpoint:
 
 
 REMEDY = "the checkpoint is damaged; go on from an older one, or remove it"
+
+
+DEEPEST = 1 << 20
+"""No stage has so many micro-batches in flight."""
+
+
+def _depths(written: Any, stages: int) -> list[int]:
+    depths = [whole("depths", depth) for depth in written]
+    if len(depths) != stages or not stages:
+        raise ValueError(f"depths={depths} of {stages} stages: there is to be one for each")
+    if max(depths) >= DEEPEST:
+        raise ValueError(f"depths={depths}: no stage has so many micro-batches in flight")
+    return depths
 
 
 def _entry(value: Mapping[str, Any]) -> Entry:

@@ -6,6 +6,9 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from .checkpoint import CheckpointError
+from .schema import check_alike, check_moments
+
 __all__ = ["load_optimizers", "optimizer_states"]
 
 OWN = ("params", "param_names", "names")
@@ -42,7 +45,8 @@ def load_optimizers(
         saved: of each stage, what `optimizer_states` gave.
 
     Raises:
-        ValueError: an optimizer of this class did not move one of the weights.
+        CheckpointError: an optimizer of this class did not move one of the weights.
+        ValueError: something in it is of another kind.
     """
     names = {id(weight): name for name, weight in weights.items()}
     for optimizer in optimizers:
@@ -57,21 +61,25 @@ def _load(
     saved: Sequence[Mapping[str, Any]],
     kinds: Sequence[str],
 ) -> None:
+    kind = type(optimizer).__name__
     homes = {name: (one, g) for one in saved for g in one["groups"] for name in g["names"]}
     state, groups, number = {}, [], 0
-    for group in optimizer.param_groups:
+    for k, group in enumerate(optimizer.param_groups):
         own = [names[id(parameter)] for parameter in group["params"]]
-        for name in own:
+        for name, weight in zip(own, group["params"], strict=True):
             if name not in homes:
-                raise ValueError(
-                    f"the checkpoint has no {type(optimizer).__name__} of {name!r}, but "
+                raise CheckpointError(
+                    f"the checkpoint has no {kind} of {name!r}, but "
                     f"{', '.join(dict.fromkeys(kinds)) or 'no optimizer'} of others: write the "
                     "optimizer that it was saved with, or load its weights alone"
                 )
             if name in homes[name][0]["state"]:
-                state[number + own.index(name)] = homes[name][0]["state"][name]
+                moments = homes[name][0]["state"][name]
+                check_moments(f"optimizers/{kind}/state/{name}", weight, moments)
+                state[number + own.index(name)] = moments
         theirs = homes[own[0]][1] if own else {}
         kept = {key: value for key, value in group.items() if key not in OWN}
+        check_alike(f"optimizers/{kind}/groups/{k}", kept, theirs)
         kept |= {key: value for key, value in theirs.items() if key not in OWN}
         groups.append(kept | {"params": [*range(number, number + len(own))]})
         if "param_names" in group:

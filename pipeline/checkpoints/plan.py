@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .position import Position
 
-__all__ = ["STEP", "Checkpoints"]
+__all__ = ["STEP", "Checkpoints", "check_folder", "check_number"]
 
 STEP = "step-"
 """Begins the names of those that `train` makes."""
@@ -31,14 +32,35 @@ class Checkpoints:
     keep: int = 2
 
     def __post_init__(self) -> None:
-        if not isinstance(self.folder, str | Path) or not str(self.folder):
-            raise TypeError(f"folder={self.folder!r}: give a folder's name")
-        for name, value in (("every", self.every), ("keep", self.keep)):
-            given = name == "keep" or value is not None
-            if given and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                rest = ", or None: at the end of each call" if name == "every" else ""
-                raise ValueError(f"{name}={value!r}: give a whole number >= 1{rest}")
+        check_folder("folder", self.folder)
+        if self.every is not None:
+            check_number("every", self.every, "None: at the end of each call")
+        check_number("keep", self.keep)
 
     def path(self, position: Position) -> Path:
         """Where the checkpoint of a position goes."""
         return Path(self.folder) / f"{STEP}{position.micro_batches:08d}"
+
+
+def check_folder(name: str, value: Any) -> None:
+    """Refuse what is no folder's name.
+
+    Raises:
+        TypeError: with what to write instead.
+    """
+    if not isinstance(value, str | Path) or not str(value):
+        raise TypeError(f"{name}={value!r}: give a folder's name")
+
+
+def check_number(name: str, value: Any, otherwise: str = "") -> None:
+    """Refuse what is no number of one or more.
+
+    Args:
+        otherwise: what may be given beside one.
+
+    Raises:
+        ValueError: with what to write instead.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        rest = f", or {otherwise}" if otherwise else ""
+        raise ValueError(f"{name}={value!r}: give a whole number >= 1{rest}")

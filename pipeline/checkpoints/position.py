@@ -1,6 +1,10 @@
 """Where a run is in its data."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
+
+from .schema import whole
 
 __all__ = ["Position"]
 
@@ -21,3 +25,12 @@ class Position:
     total: int = 0
     micro_batches: int = 0
     samples: int = 0
+
+    @classmethod
+    def of(cls, written: Mapping[str, Any]) -> "Position":
+        """One that was written.
+
+        Raises:
+            ValueError, TypeError, AttributeError: it is none.
+        """
+        return cls(**{name: whole(name, value) for name, value in written.items()})

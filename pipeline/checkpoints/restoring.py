@@ -1,14 +1,18 @@
 """Be what a checkpoint is of: each stage and each server its part."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
 
 from ..grid import Grid
 from ..partition import Partition
-from .checkpoint import Checkpoint, CheckpointError, label
+from .checkpoint import Checkpoint, CheckpointError, fitting, label
 from .state import recut, restore
 
 if TYPE_CHECKING:
+    from ..course import Course
     from ..engine import Engine
     from ..replicas.server import Serves
     from ..watch import Watch
@@ -30,6 +34,7 @@ class Restoring:
         kinds: of the pipeline that is to go on from it.
         watch, has_servers: as for a `Keeper`.
         number: of the checkpoints loaded before.
+        tunes: the slack is what the run chose (`slack='auto'`), and not the user's.
     """
 
     def __init__(
@@ -40,13 +45,16 @@ class Restoring:
         watch: "Watch | None",
         has_servers: bool,
         number: int,
+        tunes: bool,
     ) -> None:
         self._found, self._grid, self._kinds = found, grid, kinds
         self._watch, self._has_servers, self._number = watch, has_servers, number
-        self.is_same = False
+        self._tunes, self.is_same = tunes, False
+        alike = found.replicas == grid.replicas and not grid.is_server
+        self._replica = grid.replica if alike else 0
         self._states: dict[int, Any] = {}
         # Of a first stage's course through its data there are fewer turns where there are replicas.
-        self.share = found.replicas / grid.replicas
+        self._share = found.replicas / grid.replicas
 
     def fit(self, cut: Partition, stages: Sequence[int]) -> None:
         """Read what a cut asks for.
@@ -66,38 +74,39 @@ class Restoring:
     def _state(self, stage: int) -> Any:
         if stage in self._states:
             return self._states[stage]
-        found, grid = self._found, self._grid
-        alike = found.replicas == grid.replicas and not grid.is_server
-        return found.state(label(grid.replica if alike else 0, found.replicas, stage))
+        return self._found.state(label(self._replica, self._found.replicas, stage))
 
-    @property
-    def course(self) -> Any:
-        """The state of the first stage's course through its data; it knows."""
+    def restore_course(self, course: "Course") -> None:
+        """Bring a first stage to its place in the data; it knows.
+
+        Raises:
+            CheckpointError: it does not fit.
+        """
         self._states[0] = self._state(0)
-        return self._states[0]["course"]
+        with fitting(self._file(0), "the way through the data"):
+            course.load_state_dict(self._states[0]["course"], self._share)
 
     def __call__(self, engine: "Engine") -> None:
         """Restore a stage.
 
         Raises:
             CheckpointError: it does not fit.
-            ValueError: it is of another optimizer.
         """
         stage, found = engine.stage, self._found
-        try:
-            files = [stage.index] if self.is_same else range(found.stages)
-            stage.load_state_dict(found.weights(stage.layers.state_dict().keys(), files))
-            if self.is_same:
-                restore(engine, self._states[stage.index], found.depths)
-            else:
+        whom = f"stage {stage.index} of this pipeline"
+        files = [stage.index] if self.is_same else range(found.stages)
+        own = stage.layers.state_dict()
+        weights = found.weights(own.keys(), files)
+        check_shapes(found, own, weights)
+        with fitting(found.folder / "weights", whom):
+            stage.load_state_dict(weights)
+        if self.is_same:
+            with fitting(self._file(stage.index), whom):
+                depths = found.depths if self._tunes else engine.depths
+                restore(engine, self._states[stage.index], depths)
+        else:
+            with fitting(found.folder / "state", whom):
                 recut(engine, [*self._states.values()])
-        except (KeyError, TypeError, IndexError, AttributeError, RuntimeError) as error:
-            raise CheckpointError(
-                f"{found.folder} does not fit stage {stage.index} of this pipeline "
-                f"({type(error).__name__}: {' '.join(str(error).split())}): it was written for "
-                "other layers, or by another version; load_state_dict(load_weights(…)) takes what "
-                "it has of weights"
-            ) from error
         if (shard := stage.peers.shard) is not None:
             self.restore_server(shard)
         if self._watch is not None and self._has_servers:
@@ -107,13 +116,31 @@ class Restoring:
         """Restore a stage's server."""
         who = f"server-{self._grid.stage}"
         if self.is_same and self._found.has(who):
-            shard.load_state_dict(self._found.state(who))
+            state = self._found.state(who)
+            with fitting(self._found.folder / f"state/{who}.json", f"stage {self._grid.stage}"):
+                shard.load_state_dict(state)
         if self._watch is not None:  # nobody must push before
             self._watch.share(f"restored/{self._number}/{self._grid.stage}", "")
 
-    def explain(self) -> str:
-        """What carries over, where not all does."""
+    def _file(self, stage: int) -> Path:
+        found = self._found
+        return found.folder / f"state/{label(self._replica, found.replicas, stage)}.json"
+
+    def explain(self, depths: Sequence[int]) -> str:
+        """What carries over, where not all does, or is otherwise now; nothing where all is alike.
+
+        Args:
+            depths: of each stage, as they are.
+        """
         found, now = self._found, self._grid.stages
+        if self.is_same:
+            if [*depths] == found.depths:
+                return ""
+            then = ", ".join(map(str, found.depths))
+            return (
+                f"headrace: {found.folder} had {then} micro-batches in flight behind its stages' "
+                f"forwards, and this pipeline has {', '.join(map(str, depths))}, by its own slack"
+            )
         if found.stages != now:
             many = "stage" if found.stages == 1 else "stages"
             what = f"{found.stages} {many}, this pipeline {now}"
@@ -162,6 +189,23 @@ def check_layers(found: Checkpoint, own: list[str]) -> None:
             f"{found.folder} is of a model with the layers {_some(theirs)}, and this one has "
             f"{_some(own)}"
         )
+
+
+def check_shapes(
+    found: Checkpoint, own: Mapping[str, Tensor], weights: Mapping[str, Tensor]
+) -> None:
+    """Refuse the checkpoint of a model of other widths.
+
+    Raises:
+        CheckpointError: a weight has another shape.
+    """
+    for name in (name for name in own if name in weights):
+        then, now = [*weights[name].shape], [*own[name].shape]
+        if then != now:
+            raise CheckpointError(
+                f"{found.folder} has {name} of the shape {then}, and this model has it of {now}: "
+                "its weights do not fit either; build the model that it was saved of"
+            )
 
 
 def _some(names: list[str]) -> str:

@@ -3,6 +3,7 @@
 Nothing is in flight when it is asked: a checkpoint is made of a pipeline that has drained.
 """
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -11,11 +12,12 @@ import torch
 
 from ..batch_size.sampled import Sampled
 from ..corrections.basis_rotation import straighten
-from ..errors import InputError
 from ..gradient import Gradient
 from ..random_state import RandomState
 from ..stateful import get, put
+from .checkpoint import CheckpointError
 from .optimizers import load_optimizers, optimizer_states
+from .schema import check_alike, check_sums
 
 if TYPE_CHECKING:
     from ..engine import Engine
@@ -53,10 +55,19 @@ def collect(engine: "Engine") -> dict[str, Any]:
 def restore(engine: "Engine", saved: Mapping[str, Any], depths: Sequence[int]) -> None:
     """Be the same stage of the same cut, with its weights loaded already.
 
+    Args:
+        depths: of each stage, as they are to be.
+
     Raises:
-        ValueError, KeyError: the state is of other optimizers, rules or corrections.
+        ValueError, KeyError, …: the state is of other optimizers, rules or corrections, or damaged.
     """
     stage = engine.stage
+    for name in OWN:
+        check_alike(name, get(getattr(stage, name)), saved["own"][name])
+    if len(saved["books"]["_numbers"]) != len(engine.books.state_dict()["_numbers"]):
+        raise ValueError(f"books/_numbers has {len(saved['books']['_numbers'])} numbers")
+    check_alike("sampled", tuple(stage.sampled), saved["sampled"])
+    _check_gradient(stage, saved["own"]["gradient"])
     _restore_optimizers(stage, [saved])
     for name in OWN:
         setattr(stage, name, put(getattr(stage, name), saved["own"][name], stage.device))
@@ -79,9 +90,11 @@ def recut(engine: "Engine", saved: Sequence[Mapping[str, Any]]) -> None:
     """
     stage, saved = engine.stage, [_straightened(each) for each in saved]
     _restore_optimizers(stage, saved)
+    _check_gradient(stage, saved[0]["own"]["gradient"])
     gradient = Gradient(measures=stage.gradient.measures)
     gradient.load_state_dict(saved[0]["own"]["gradient"], stage.device)
     sums = {n: g for each in saved for n, g in each["own"]["gradient"]["sums"].items()}
+    check_sums("gradient/sums", stage.trainable, sums)
     gradient.sums = {n: sums[n].to(stage.device) for n in stage.trainable if n in sums}
     stage.gradient = gradient
     for correction in stage.kit.corrections:
@@ -110,19 +123,41 @@ def _restore_optimizers(stage: "Stage", saved: Sequence[Mapping[str, Any]]) -> N
     if stage.optimizers and kinds != [each["kind"] for each in theirs][: len(kinds) or None]:
         before = ", ".join(each["kind"] for each in theirs) or "none"
         served = "" if kinds and theirs else " (parameter servers keep theirs to themselves)"
-        raise InputError(
+        raise CheckpointError(
             f"the checkpoint has the learning-rate scheduler {before}, and this pipeline "
             f"{', '.join(kinds) or 'none'}{served}: go on as it was saved, or load its weights "
             "alone: load_state_dict(load_weights(…))"
         )
     for scheduler, each in zip(stage.schedulers, theirs, strict=False):
+        kind = type(scheduler).__name__
+        check_alike(f"schedulers/{kind}", scheduler.state_dict(), each["state"])
         own = {"base_lrs": scheduler.base_lrs} if len(saved) > 1 else {}
         scheduler.load_state_dict({**each["state"], **own})
 
 
+def _check_gradient(stage: "Stage", saved: Mapping[str, Any]) -> None:
+    check_alike("gradient", stage.gradient.state_dict(), saved)
+    check_alike("gradient/versions", [0] * len(saved["versions"]), saved["versions"], counts=True)
+    check_sums("gradient/sums", stage.trainable, saved["sums"])
+
+
+def _check_books(now: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    check_alike("books", now, saved)
+    for name in ("_fed", "_sums", "_version"):
+        check_alike(f"books/{name}", now[name], saved[name], counts=True)
+    if not math.isfinite(saved["_skipped"]):
+        raise ValueError(f"books/_skipped is {saved['_skipped']}, and is to be a finite number")
+
+
 def _restore_counts(engine: "Engine", saved: Mapping[str, Any], depths: tuple[int, ...]) -> None:
+    now = {name: getattr(engine.stage, name) for name in COUNTS}
+    check_alike("counts", now, saved["counts"], counts=True)
+    check_alike("gathering", engine.gathering.state_dict(), saved["gathering"], counts=True)
+    _check_books(engine.books.state_dict(), saved["books"])
+    check_alike("within", engine.within, saved["within"])
+    check_alike("trained", engine.trained, saved["trained"], counts=True)
     for name in COUNTS:
         setattr(engine.stage, name, saved["counts"][name])
     engine.gathering.load_state_dict(saved["gathering"], torch.device("cpu"))
     engine.within = saved["within"]
-    engine.go_on(int(saved["trained"]), depths)
+    engine.go_on(saved["trained"], depths)

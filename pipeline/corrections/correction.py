@@ -66,6 +66,11 @@ class Correction(Stateful):
         home, _, file = type(self).__module__.rpartition(".")
         return file if home == __package__ else type(self).__name__
 
+    @property
+    def kind(self) -> str:
+        """What it is, in a word: corrections of one kind have the same state."""
+        return type(self).__name__
+
     def check(self, depths: Sequence[int], update_every: int | None) -> None:
         """Refuse a pipeline for which it is not defined.
 

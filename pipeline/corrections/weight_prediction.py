@@ -160,6 +160,10 @@ class WeightPrediction(Correction):
         self._rates: dict[Optimizer, ComingRates] = {}
         self._factor: Callable[[int], float] = lambda staleness: 1.0
 
+    @property
+    def kind(self) -> str:
+        return f"{type(self).__name__} {self.form}"
+
     def state_dict(self) -> dict[str, Any]:
         return {"last": get(self._last), "rates": get([*self._rates.values()])}
 

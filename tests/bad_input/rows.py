@@ -3,19 +3,22 @@
 Each is provoked for real by test_bad_input.py; `python -m tests.bad_input.write` writes the table.
 """
 
+import json
 import os
 import socket
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
+from headrace.launch.resume import check_notes
 from headrace.pipeline import Link, Pipeline
 from headrace.pipeline.batch_size import Geometric, Steps
-from headrace.pipeline.checkpoints import Checkpoints, save_weights
+from headrace.pipeline.checkpoints import CheckpointError, Checkpoints, save_weights
 from headrace.pipeline.corrections import (
     AsynchronousNesterov,
     LearningRate,
@@ -158,6 +161,30 @@ def burning() -> Iterator[tuple[Tensor, Tensor]]:
 def tied() -> nn.Sequential:
     model = network()
     model[3].weight = model[0].weight
+    return model
+
+
+def save(path: Any, keep: Any = None) -> Any:
+    return lambda: build().save(path, keep)
+
+
+def resume(change: Any = None, **options: Any) -> Any:
+    """Go on from a checkpoint, whose manifest was changed, with other options."""
+
+    def act() -> None:
+        with build() as pipe:
+            pipe.save("saved")
+        file = Path("saved/checkpoint.json")
+        file.write_text(json.dumps(json.loads(file.read_text()) | (change or {})))
+        with build(**options) as pipe:
+            pipe.load("saved")
+
+    return act
+
+
+def narrow() -> nn.Sequential:
+    model = network()
+    model[2] = nn.Linear(6, 5)
     return model
 
 
@@ -1434,5 +1461,49 @@ ROWS = (
         "keep=0: give a whole number >= 1",
         ValueError,
         act=partial(Checkpoints, "x", keep=0),
+    ),
+    Row(
+        "a save that is to keep none",
+        "keep=0: give a whole number >= 1, or None: all are kept",
+        ValueError,
+        act=save("x", keep=0),
+    ),
+    Row("a save into no folder", "path=5: give a folder's name", TypeError, act=save(5)),
+    Row(
+        "a checkpoint of another optimizer",
+        (
+            "the checkpoint has no AdamW of '0.weight', but SGD of others: write the optimizer "
+            "that it was saved with, or load its weights alone"
+        ),
+        CheckpointError,
+        act=resume(optimizer=torch.optim.AdamW),
+    ),
+    Row(
+        "a checkpoint of other widths",
+        (
+            "saved has 2.weight of the shape [6, 6], and this model has it of [5, 6]: its weights "
+            "do not fit either; build the model that it was saved of"
+        ),
+        CheckpointError,
+        act=resume(model=narrow()),
+    ),
+    Row(
+        "a manifest of too many depths",
+        (
+            "saved/checkpoint.json is no manifest of a checkpoint (depths=[1, 1, 0] of 2 stages: "
+            "there is to be one for each): the checkpoint is damaged; go on from an older one, or "
+            "remove it"
+        ),
+        CheckpointError,
+        act=resume({"depths": [1, 1, 0]}),
+    ),
+    Row(
+        "a configuration in the notes that is none",
+        (
+            "…checkpoint.json: notes.config is no configuration (…): the checkpoint is damaged, or "
+            "its notes are another program's"
+        ),
+        CheckpointError,
+        act=partial(check_notes, Path("saved"), {"config": "a: [1"}),
     ),
 )

@@ -287,6 +287,44 @@ def test_a_batch_that_grows_by_what_is_measured(
     assert "start at 9 or more" in capsys.readouterr().err
 
 
+def test_a_resume_whose_scheduler_is_at_its_end_says_so(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All that it trained moved nothing, and nothing said so."""
+    train("--epochs", "1", "--checkpoint.every", "epoch")
+    again = ("--checkpoint.resume", "runs/tiny")
+    train(*again, "--pipeline.update_every", "4")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "headrace: the checkpoint has 7 updates, and by epochs, data.batch_size and" in said
+    assert "this run would have 4 in all: the scheduler is at its end" in said
+    assert same("tiny", "tiny-2")
+    train(*again)
+    assert "the scheduler is at its end" not in capsys.readouterr().out
+    assert not same("tiny", "tiny-3")
+
+
+@pytest.mark.parametrize(
+    ("notes", "text"),
+    (
+        ({"config": "a: [1"}, r"notes\.config is no configuration \("),
+        ({"journal": 7}, r"notes\.journal is 7, and is to be numbers by name: the checkpoint is"),
+        ({"journal": {"loss": "x"}}, r"notes\.journal is \{'loss': 'x'\}, and is to be numbers"),
+    ),
+)
+def test_a_resume_of_another_programs_notes(
+    folder: Path, notes: Any, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train("--epochs", "1", "--checkpoint.every", "epoch")
+    (manifest,) = folder.glob("runs/tiny/checkpoints/*/checkpoint.json")
+    whole = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps(whole | {"notes": whole["notes"] | notes}))
+    with pytest.raises(SystemExit) as ended:
+        train("--checkpoint.resume", "runs/tiny")
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(rf"checkpoint\.json: {text}", line), line
+
+
 def test_the_scheduler_is_told_the_number_of_updates(folder: Path) -> None:
     train("--scheduler", "LinearLR", "--scheduler.init_args",
           "{start_factor: 1.0, end_factor: 0.0, total_iters: total}")  # fmt: skip

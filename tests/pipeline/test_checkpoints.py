@@ -1,5 +1,6 @@
 """Files of checkpoints: what is in them, who can read them, and what is said of damaged ones."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -22,7 +23,8 @@ from headrace.pipeline.checkpoints import (
     load_weights,
     save_weights,
 )
-from headrace.pipeline.corrections import SpikeCompensation
+from headrace.pipeline.checkpoints.checkpoint import MANIFEST
+from headrace.pipeline.corrections import SpikeCompensation, WeightPrediction
 
 from .helpers import adamw, assert_close, assert_same, batches_of, momentum, tanh_net
 
@@ -177,10 +179,43 @@ def test_another_model(tmp_path: Path) -> None:
         other.load(tmp_path / "one")
 
 
+def test_other_widths(tmp_path: Path) -> None:
+    saved(tmp_path / "one")
+    net = tanh_net()
+    net[2] = nn.Linear(9, 5)
+    for stages in (2, 3):  # of the same cut, and of another
+        other = Pipeline(net, nn.MSELoss(), momentum, stages=stages, balance=SIZES[stages])
+        with pytest.raises(
+            CheckpointError,
+            match=r"one has 2\.weight of the shape \[7, 9\], and this model has it of \[5, 9\]: "
+            "its weights do not fit either; build the model that it was saved of",
+        ):
+            other.load(tmp_path / "one")
+
+
+def test_another_slack_is_the_users(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It was the checkpoint's, and nothing said so."""
+    saved(tmp_path / "one")
+    pipe = pipeline(3, slack=2)
+    pipe.load(tmp_path / "one")
+    assert (
+        "one had 2, 1, 0 micro-batches in flight behind its stages' forwards, and this pipeline "
+        "has 6, 3, 0, by its own slack\n" in capsys.readouterr().out
+    )
+    assert pipe.depths == (6, 3, 0)
+    pipe.train(BATCHES * 3)
+    assert 6 in pipe.statistics()[0].staleness
+    pipeline(3).load(tmp_path / "one")
+    assert not capsys.readouterr().out
+
+
 def test_another_optimizer(tmp_path: Path) -> None:
     saved(tmp_path / "one")
-    with pytest.raises(ValueError, match=r"has no AdamW of '0\.weight', but SGD of others"):
-        pipeline(3, optimizer=adamw).load(tmp_path / "one")
+    for stages in (3, 4):
+        with pytest.raises(
+            CheckpointError, match=r"has no AdamW of '0\.weight', but SGD of others"
+        ):
+            pipeline(stages, optimizer=adamw).load(tmp_path / "one")
 
 
 def test_other_corrections_begin_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -192,6 +227,24 @@ def test_other_corrections_begin_anew(tmp_path: Path, capsys: pytest.CaptureFixt
     )
     assert_same(pipe.state_dict(), weights)
     assert _optimizers(tmp_path / "one")
+
+
+FORMS = ("last_update", "linear", "momentum")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_another_form_of_a_correction_begins_anew(
+    tmp_path: Path, form: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They keep other things: one had been read as the other, or could not be."""
+    weights = saved(tmp_path / "one", corrections=[WeightPrediction(form)])
+    for other in FORMS:
+        pipe = pipeline(3, corrections=[WeightPrediction(other)])
+        pipe.load(tmp_path / "one")
+        told = "has other corrections than this pipeline" in capsys.readouterr().out
+        assert told is (other != form)
+        assert_same(pipe.state_dict(), weights)
+        pipe.train(BATCHES[:1])
 
 
 def test_nothing_there(tmp_path: Path) -> None:
@@ -305,9 +358,67 @@ def test_a_manifest_that_is_none(tmp_path: Path) -> None:
         manifest.write_text(text)
         with pytest.raises(CheckpointError):
             Checkpoint.open(tmp_path / "one")
+    position = whole["position"]
+    for change, text in (
+        ({"position": {**position, "epochs": -1}}, "epochs is -1, and is to be a whole number"),
+        ({"position": {**position, "total": 1.5}}, r"total is 1\.5"),
+        ({"depths": [1, 1, 0, 0]}, r"depths=\[1, 1, 0, 0\] of 3 stages: there is to be one for e"),
+        ({"depths": [10**9, 0, 0]}, "no stage has so many micro-batches in flight"),
+        ({"layers": [], "depths": []}, "of 0 stages"),
+        ({"replicas": "1"}, "replicas is '1'"),
+    ):
+        manifest.write_text(json.dumps(whole | change))
+        with pytest.raises(CheckpointError, match=rf"{MANIFEST} is no manifest .*{text}"):
+            Checkpoint.open(tmp_path / "one")
     manifest.write_text(json.dumps({**whole, "format": 2}))
     with pytest.raises(CheckpointError, match="is of format 2, and this reads 1"):
         Checkpoint.open(tmp_path / "one")
+
+
+def _with_state(folder: Path, to: Path, change: Any) -> Path:
+    """A copy whose state of stage 0 is another, and whose sums say so."""
+    shutil.copytree(folder, to)
+    file = to / "state/stage-0.json"
+    state, manifest = json.loads(file.read_bytes()), json.loads((to / MANIFEST).read_bytes())
+    change(state)
+    written = json.dumps(state).encode()
+    file.write_bytes(written)
+    sums = {"bytes": len(written), "sha256": hashlib.sha256(written).hexdigest()}
+    manifest["files"]["state/stage-0.json"] = sums
+    (to / MANIFEST).write_text(json.dumps(manifest))
+    return to
+
+
+def test_a_state_of_other_kinds_than_numbers(tmp_path: Path) -> None:
+    """Its sum is right: it says so when it is read, and not amid the training that follows."""
+    step = partial(torch.optim.lr_scheduler.StepLR, step_size=3)
+    saved(tmp_path / "one", scheduler=step)
+
+    def group(state: Any) -> Any:
+        return state["optimizers"][0]["groups"][0]
+
+    changes: dict[str, Any] = {
+        r"optimizers/SGD/groups/0/lr is 'abc'.* a number": lambda s: group(s).update(lr="abc"),
+        r"SGD/groups/0/momentum is None.* a number": lambda s: group(s).update(momentum=None),
+        r"schedulers/StepLR/last_epoch is 'x'": lambda s: s["schedulers"][0]["state"].update(
+            last_epoch="x"
+        ),
+        r"counts/version is 'x'.* a whole number >= 0": lambda s: s["counts"].update(version="x"),
+        r"counts/version is -1": lambda s: s["counts"].update(version=-1),
+        r"most_in_flight is \[\]": lambda s: s["own"].update(most_in_flight=[]),
+        r"KeyError: 'cpu'": lambda s: s.update(random={}),
+        r"the way through the data \(total is 2.5": lambda s: s["course"]["position"].update(
+            total=2.5
+        ),
+        r"the way through the data \(KeyError": lambda s: s["course"].update(now={}),
+    }
+    for k, (text, change) in enumerate(changes.items()):
+        other = _with_state(tmp_path / "one", tmp_path / str(k), change)
+        with pytest.raises(CheckpointError, match=f"^{other}/state/stage-0.json does.*{text}"):
+            pipeline(3, scheduler=step).load(other)
+        if "data" not in text and k < 5:  # of another cut, all of them are read
+            with pytest.raises(CheckpointError, match=f"^{other}/state does not fit.*{text}"):
+                pipeline(2, scheduler=step).load(other)
 
 
 # Writing -------------------------------------------------------------------------------------
@@ -475,3 +586,16 @@ def test_a_manifest_says_where_its_first_stage_was(every: int, tmp_path: Path) -
     for k, folder in enumerate(folders, 1):
         assert Checkpoint.open(folder).position.total == k * every
         assert folder.name == f"step-{k * every:08d}"
+
+
+@pytest.mark.parametrize("keep", (0, -1, "2", True, 1.5), ids=repr)
+def test_a_save_that_would_keep_nothing_writes_nothing(tmp_path: Path, keep: Any) -> None:
+    pipe = pipeline(2)
+    with pytest.raises(ValueError, match=rf"^keep={keep!r}: give a whole number >= 1, or None: "):
+        pipe.save(tmp_path / "one", keep)
+    for path in (5, ""):
+        with pytest.raises(TypeError, match=rf"^path={path!r}: give a folder's name$"):
+            pipe.save(path)  # type: ignore[arg-type]
+    assert not [*tmp_path.iterdir()]
+    pipe.save(tmp_path / "one", keep=1)
+    assert Checkpoint.open(tmp_path).folder == tmp_path / "one"

@@ -1,21 +1,26 @@
 """Whatever lies on the disk, a checkpoint is read as it was written or refused in words."""
 
+import contextlib
 import copy
+import hashlib
+import io
 import json
 import math
 from collections import Counter, deque
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 from headrace.pipeline import Pipeline
 from headrace.pipeline.checkpoints import Checkpoint, CheckpointError
 from headrace.pipeline.checkpoints.tree import pack, unpack
+from headrace.pipeline.corrections import WeightPrediction
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.uint8, torch.bool)
 DTYPES += (torch.complex64,)
@@ -126,8 +131,6 @@ def test_files_of_other_bytes_are_refused(folder: Path, name: str, content: byte
 @given(st.binary(max_size=200))
 def test_a_file_that_fits_its_sum_and_is_none(folder: Path, content: bytes) -> None:
     """Whoever writes the files can write the sums: what is in them still runs no code."""
-    import hashlib
-
     manifest, file = folder / "checkpoint.json", folder / "weights/stage-0.safetensors"
     kept, whole = manifest.read_bytes(), file.read_bytes()
     tree = json.loads(kept)
@@ -138,6 +141,75 @@ def test_a_file_that_fits_its_sum_and_is_none(folder: Path, content: bytes) -> N
         manifest.write_text(json.dumps(tree))
         with pytest.raises(CheckpointError, match="is not a safetensors file"):
             Checkpoint.open(folder).weights()
+    finally:
+        file.write_bytes(whole)
+        manifest.write_bytes(kept)
+
+
+def _pipeline() -> Pipeline:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 1))
+    return Pipeline(
+        model,
+        nn.MSELoss(),
+        lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.5),
+        scheduler=partial(torch.optim.lr_scheduler.StepLR, step_size=3),
+        stages=2,
+        balance=[2, 1],
+        corrections=[WeightPrediction("momentum")],
+        update_every=2,
+    )
+
+
+DATA = [(torch.ones(1, 2), torch.ones(1, 1))] * 3
+OTHERS: tuple[Any, ...] = (
+    "abc",
+    None,
+    -1,
+    1.5,
+    True,
+    [],
+    {},
+    {"$float": "nan"},
+    {"$tensor": "random/cpu"},
+    1 << 70,
+)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved") / "two"
+    pipe = _pipeline()
+    pipe.train(DATA)
+    pipe.save(folder)
+    return folder
+
+
+@given(st.data())
+@settings(max_examples=80)
+def test_a_state_that_fits_its_sum_and_is_another(saved: Path, data: st.DataObject) -> None:
+    """Any part of it put in another's place: it is gone on from, or refused in words."""
+    name = data.draw(st.sampled_from(["state/stage-0.json", "state/stage-1.json"]))
+    manifest, file = saved / "checkpoint.json", saved / name
+    kept, whole = manifest.read_bytes(), file.read_bytes()
+    state, sums = json.loads(whole), json.loads(kept)
+    place, key = state, data.draw(st.sampled_from(sorted(state)))
+    while isinstance(place[key], dict | list) and place[key] and data.draw(st.integers(0, 9)):
+        place = place[key]
+        key = data.draw(st.sampled_from([*place] if isinstance(place, dict) else range(len(place))))
+    place[key] = data.draw(st.sampled_from(OTHERS))
+    written = json.dumps(state).encode()
+    sums["files"][name] = {"bytes": len(written), "sha256": hashlib.sha256(written).hexdigest()}
+    pipe = _pipeline()
+    try:
+        file.write_bytes(written)
+        manifest.write_text(json.dumps(sums))
+        with contextlib.redirect_stdout(io.StringIO()):
+            pipe.load(saved)
+    except CheckpointError as error:
+        assert str(saved) in str(error) or "the checkpoint has " in str(error)
+    else:
+        with contextlib.suppress(FloatingPointError):  # a rate that is NaN is a number
+            pipe.train(DATA)
     finally:
         file.write_bytes(whole)
         manifest.write_bytes(kept)
