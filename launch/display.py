@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
@@ -27,6 +28,7 @@ __all__ = [
     "layers_table",
     "partition_table",
     "per_stage",
+    "print_table",
     "prospect",
     "results_table",
     "stale",
@@ -38,6 +40,15 @@ def console() -> Console:
     """Standard output: as wide as the terminal, 100 columns where it is none."""
     width = None if sys.stdout.isatty() else 100
     return Console(width=width, highlight=False, markup=False, emoji=False)
+
+
+def print_table(table: Table) -> None:
+    """On standard output, in whole lines where that is no terminal."""
+    out = console()
+    if not sys.stdout.isatty():
+        wanted = Measurement.get(out, out.options.update(max_width=400), table).maximum
+        out.width = max(out.width, wanted)
+    out.print(table)
 
 
 def count(number: int, thing: str) -> str:

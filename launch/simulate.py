@@ -20,7 +20,7 @@ from typing import TypeVar
 from headrace.pipeline.errors import InputError
 
 from .config import to_yaml
-from .display import console, count, duration
+from .display import console, count, duration, print_table
 from .profiling.pictures import import_pyplot
 from .ranks import processes, refuse_error, stop
 from .run_files import check_folder, new_folder
@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     draw(rows, folder / "curves", f"{name}: {seeds}")
     out = console()
     out.print()
-    out.print(results_table(rows, own.until))
+    print_table(results_table(rows, own.until))
     out.print(_legend(rows, seeds))
     out.print(f"files      {folder}: curves.png, results.csv, results.json")
 

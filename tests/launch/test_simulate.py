@@ -124,7 +124,6 @@ def pool_of(parent: int) -> set[int]:
     ("number", "to", "busy", "code", "line"),
     [
         (signal.SIGINT, "all", False, 130, "headrace: stopped by SIGINT\n"),
-        (signal.SIGINT, "parent", True, 130, "headrace: stopped by SIGINT\n"),
         (signal.SIGTERM, "parent", True, 143, "headrace: stopped by SIGTERM\n"),
         (signal.SIGKILL, "parent", True, -signal.SIGKILL, None),
         (signal.SIGKILL, "one", False, 1, "headrace: a process that simulated was ended from "),
