@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from headrace.pipeline.checkpoints import Checkpoint, CheckpointError, find_latest, load_weights
+from headrace.pipeline.checkpoints.checkpoint import MANIFEST
 
 from .config import Config, parse, parse_text
 from .ranks import hear, rank, tell
@@ -88,7 +89,7 @@ def _look(folder: Path) -> Saved:
     is_run = (folder / "config.yaml").is_file()
     if is_run and (folder / "weights.pt").is_file():
         return Saved(folder, None, folder)
-    if (folder / "checkpoint.json").is_file():
+    if (folder / MANIFEST).is_file():
         try:
             return Saved(folder, Checkpoint.open(folder), _beside(folder))
         except CheckpointError as error:
@@ -109,7 +110,7 @@ def _look(folder: Path) -> Saved:
         )
     raise ValueError(
         f"--checkpoint {folder}: neither a run nor a checkpoint is there; give a run's folder, as "
-        "runs/digits, or one with a checkpoint.json"
+        f"runs/digits, or one with a {MANIFEST}"
     )
 
 

@@ -198,7 +198,8 @@ class Keeper:
         state = collect(engine)
         if stage.is_first:
             state["course"] = self._course.state_dict()
-            self._manifest = self._head(self._target)  # stages after it may come to it later
+            if grid.rank == 0:  # now: stages after it may come to it later
+                self._manifest = self._head(self._target)
         weights = stage.state_dict() if grid.replica == 0 else None
         who = label(grid.replica, grid.replicas, stage.index)
         own = [Part.of(who, stage.index, weights, state)]
@@ -230,8 +231,7 @@ class Keeper:
         self._served += 1
 
     def _start(self, parts: list[Part]) -> None:
-        head = self._manifest if self._grid.rank == 0 else None
-        self._saver.start(self._target, parts, head, self._keep)
+        self._saver.start(self._target, parts, self._manifest, self._keep)
 
     def wait(self) -> None:
         """Until nothing is being written.
