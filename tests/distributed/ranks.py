@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import signal
 import socket
 import subprocess
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-__all__ = ["TRANSPORTS", "Job", "Launcher", "Outcome", "free_port", "torchrun"]
+__all__ = ["TRANSPORTS", "Job", "Launcher", "Outcome", "complaints", "free_port", "torchrun"]
 
 Program = Callable[..., Any]
 """Runs on every rank, in the job's folder; a function of a module, named to the ranks."""
@@ -30,6 +31,11 @@ TRANSPORTS: dict[str, dict[str, str]] = {"one host": {}, "hosts apart": {"APART"
 """Environments in which ranks of this machine are, or are not, aware that they share it."""
 
 ROOT = Path(__file__).parents[2]
+
+NAMELESS = re.compile(
+    r"^.*\[c10d\] The hostname of the client socket cannot be retrieved\. err=.*\n", re.MULTILINE
+)
+"""What torch's store says where the name server does not answer: of the machine, not of us."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +165,7 @@ class Job:
         return Outcome(
             codes=[self.deaths[pid][0] for pid in self.pids],
             out=[(self.folder / f"out{rank}").read_text() for rank in ranks],
-            err=[(self.folder / f"err{rank}").read_text() for rank in ranks],
+            err=[complaints((self.folder / f"err{rank}").read_text()) for rank in ranks],
             ended=[self.deaths[pid][1] for pid in self.pids],
             results=[torch.load(f, weights_only=False) if f.exists() else None for f in files],
         )
@@ -311,6 +317,11 @@ def torchrun(
         cwd=folder,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)} | _surroundings(),
     )
+
+
+def complaints(stderr: str) -> str:
+    """What a process wrote there, without torch's own line on a name it could not look up."""
+    return NAMELESS.sub("", stderr)
 
 
 def batched(names: Iterable[str], size: int) -> Iterator[list[str]]:
