@@ -238,7 +238,7 @@ def _table(found: Sequence[Measured], options: Options, distance: float | None) 
         name = f"phi, {options.subspace} directions, epsilon {e:g}"
         rows.append((name, [f"{m.subspace[e].phi:.4g}" for m in found]))
     rows.append(("lambda_max", [f"{m.curvature.value:.4g}" for m in found]))
-    rows.append(("  power iterations", [_iterations(m.curvature) for m in found]))
+    rows.append(("  Hessian products", [_products(m.curvature) for m in found]))
     if distance is not None:
         rows.append(("distance between the two", [f"{distance:.4g}"]))
     left = max(len(name) for name, _ in rows) + 2
@@ -248,8 +248,8 @@ def _table(found: Sequence[Measured], options: Options, distance: float | None) 
     )
 
 
-def _iterations(found: Eigenvalue) -> str:
-    return f"{found.iterations}" if found.converged else f"{found.iterations}, not converged"
+def _products(found: Eigenvalue) -> str:
+    return f"{found.products}" if found.converged else f"{found.products}, not converged"
 
 
 def _write(
@@ -272,7 +272,7 @@ def _write(
             "phi": of_box(m.full),
             "phi_subspace": of_box(m.subspace),
             "lambda_max": m.curvature.value,
-            "power_iterations": m.curvature.iterations,
+            "hessian_products": m.curvature.products,
             "converged": m.curvature.converged,
             "worst_direction": {"steps": STEPS, "loss": m.worst},
         }

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -24,6 +24,7 @@ from .display import console, count, duration, print_table
 from .profiling.pictures import import_pyplot
 from .ranks import processes, refuse_error, stop
 from .run_files import check_folder, new_folder
+from .simulation.differences import differences, differences_table, import_special
 from .simulation.picture import draw
 from .simulation.plan import DEFAULT, Case, Grid, plan, read_variants
 from .simulation.results import Row, best, results_table, write_csv, write_json
@@ -46,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         grid = _grid(own)
         cases = plan(rest, grid)
         import_pyplot()
+        if grid.seeds > 1:
+            import_special()
         check_folder(Path("runs"))
         rows = _tuned(cases, own.processes) if grid.tune else _run(cases, own.processes)
     except (ValueError, TypeError, ImportError, InputError) as error:
@@ -59,7 +62,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     name = cases[0].configs[0].name
     folder = new_folder(Path("runs"), f"{name}-simulation")
     (folder / "config.yaml").write_text(to_yaml(cases[0].configs[0]), encoding="utf-8")
-    about = {"command": ["python", "-m", "headrace.launch.simulate", *given]}
+    apart = differences(rows)
+    about = {
+        "command": ["python", "-m", "headrace.launch.simulate", *given],
+        "differences": [asdict(each) for each in apart],
+    }
     write_json(folder / "results.json", rows, about)
     write_csv(folder / "results.csv", rows)
     seeds = f"{grid.seeds} seeds, mean ± standard deviation" if grid.seeds > 1 else "one seed"
@@ -67,12 +74,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     out = console()
     out.print()
     print_table(results_table(rows, own.until))
+    if apart:
+        print_table(differences_table(apart))
     out.print(_legend(rows, seeds))
     out.print(f"files      {folder}: curves.png, results.csv, results.json")
 
 
 def _legend(rows: Sequence[Row], seeds: str) -> str:
     lines = [f"{seeds}; staleness of the first stage; time over that of one stage"]
+    if len(rows[0].case.configs) > 1:
+        lines.append("differences are paired by seed; the interval of their mean is Student's")
     if any(row.case.rate is not None for row in rows):
         lines.append("* each variant's best rate, which the picture shows")
     for row in rows:

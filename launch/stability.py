@@ -59,6 +59,9 @@ def look_ahead(config: Config, pipe: Pipeline) -> Text | None:
         pipe: prepared.
     """
     law, iterations = pipe.stability, config.pipeline.check_stability
+    if law is not None:  # the configuration knows how many micro-batches a growing batch has
+        staleness = expected_staleness(config, pipe.depths)[law.stage]
+        law = replace(law, staleness=staleness) if staleness else None
     if not iterations:
         return _say(law)
     if law is None:

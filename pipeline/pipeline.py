@@ -625,7 +625,8 @@ class Pipeline:
     @property
     def stability(self) -> Stability | None:
         """What the delay leaves of the largest stable learning rate, at the stalest stage of this
-        process that trains; what `slack='auto'` begins with, before it has measured.
+        process that trains; what `slack='auto'` begins with, before it has measured. Under
+        `batch_size` it is the most that the delay can be: an update for each micro-batch.
 
         None where nothing is stale, something is done about it already, the law says nothing of
         the optimizer, or replicas add to the delay; and before the stages are built.
@@ -742,11 +743,11 @@ class Pipeline:
     # Running -----------------------------------------------------------------------------------
 
     def _warn_of_delay(self) -> None:
-        """Before the first call of `train`, on the first rank."""
+        """Before the first call of `train`, on the first rank, where the delay is known."""
         if self._warned or self.rank:
             return
         self._warned = True
-        law = self.stability
+        law = None if self._blueprint.settings.batch_size else self.stability
         if law is not None and law.warning is not None:
             warnings.warn(law.warning, StabilityWarning, stacklevel=3)
 

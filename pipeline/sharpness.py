@@ -8,8 +8,8 @@ in a minimum the gradient is nearly 0, and a solver that may stop there has foun
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from importlib import import_module
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -37,9 +37,6 @@ ALPHAS = tuple(-1 + k / 8 for k in range(25))
 ITERATIONS = 10
 """Of L-BFGS-B, as in the paper."""
 
-MIXED = 0.9
-"""Below this cosine of v and Hv, a value that stays is a mixture's, and power iteration stops."""
-
 
 @dataclass(frozen=True)
 class Sharpness:
@@ -66,24 +63,24 @@ class Eigenvalue:
 
     Args:
         vector: (n,), of norm 1.
-        iterations: products of the Hessian and a vector.
-        converged: whether the last one met the tolerance.
+        products: of the Hessian and a vector.
+        converged: whether they sufficed for the tolerance.
     """
 
     value: float
     vector: Tensor
-    iterations: int
+    products: int
     converged: bool
 
 
-def find_solver() -> Any:
-    """scipy's `optimize`.
+def find_solver(part: str = "optimize") -> Any:
+    """scipy's part of this name.
 
     Raises:
         ModuleNotFoundError: scipy is not installed; says how to install it.
     """
     try:
-        return import_module("scipy.optimize")
+        return import_module(f"scipy.{part}")
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             "sharpness needs scipy, which is not installed: pip install 'headrace[sharpness]'",
@@ -178,35 +175,56 @@ def phi(
 
 
 def lambda_max(
-    f: Function, x: Tensor, tolerance: float = 1e-3, iterations: int = 100, seed: int = 0
+    f: Function, x: Tensor, tolerance: float = 1e-3, products: int = 300, seed: int = 0
 ) -> Eigenvalue:
-    """The largest eigenvalue of f's Hessian at x, by power iteration.
+    """The largest eigenvalue of f's Hessian at x, by restarted Lanczos iteration (ARPACK's).
 
-    Power iteration finds the one of largest magnitude, r. Should that be negative, or should it not
-    settle because -r is nearly one too, a second one on H + rI finds the largest.
+    Away from a minimum others lie close to it, and negative ones are as large: power iteration
+    creeps there, so that a value that hardly changes any more may be far from the largest.
 
     Args:
         x: (n,), float64.
-        tolerance: how near to 1 the cosine of v and Hv must come, and how little, of the value, the
-            last iteration may change it. A value that merely stays is no sign: a mixture of the
-            vectors of r and -r has one.
-        iterations: at most so many; a second power iteration has as many.
+        tolerance: how small |Hv - λv|, v of norm 1, must become beside |λ|; λ is then no
+            farther from an eigenvalue, and mostly much nearer.
+        products: of the Hessian and a vector, at most. Should they not do, the largest
+            v·Hv among them is given, which the eigenvalue is not below.
         seed: of the first vector.
+
+    Raises:
+        ModuleNotFoundError: scipy is not installed.
     """
+    solver = find_solver("sparse.linalg")
+    n, made = len(x), 0
+    best = (-math.inf, x)
+
+    def product(v: Any) -> Any:
+        nonlocal made, best
+        if made == products:
+            raise _EnoughError
+        made += 1
+        vector = torch.from_numpy(v).clone()  # of norm 1, as the start is
+        w = _hessian_product(f, x, vector)
+        best = max(best, (float(vector @ w), vector), key=itemgetter(0))
+        return w.numpy()
+
+    operator = solver.LinearOperator((n, n), product, dtype="float64")
     generator = torch.Generator().manual_seed(seed)
-    v = torch.randn(len(x), dtype=torch.float64, generator=generator)
-    product = partial(_hessian_product, f, x)
-    found, r = _power(product, v, tolerance, iterations)
-    if found.converged and found.value >= 0:
-        return found
-    start = v if found.converged else found.vector  # a mixture has much of the one that is wanted
-    shifted, _ = _power(lambda v: product(v) + r * v, start, tolerance, iterations)
-    return Eigenvalue(
-        shifted.value - r,
-        shifted.vector,
-        found.iterations + shifted.iterations,
-        shifted.converged,
-    )
+    start = torch.randn(n, dtype=torch.float64, generator=generator)
+    start /= start.norm()
+    try:
+        first = product(start.numpy())
+        if n == 1 or not first.any():  # ARPACK takes neither one row nor a Hessian of zeros
+            return Eigenvalue(*best, made, True)
+        values, vectors = solver.eigsh(
+            operator, k=1, which="LA", v0=start.numpy(), tol=tolerance, maxiter=products
+        )
+    except _EnoughError:
+        return Eigenvalue(*best, made, False)
+    return Eigenvalue(float(values[0]), torch.from_numpy(vectors[:, 0]), made, True)
+
+
+class _EnoughError(Exception):
+    """As many products as were asked for."""
 
 
 def _hessian_product(f: Function, x: Tensor, v: Tensor) -> Tensor:
@@ -219,23 +237,6 @@ def _hessian_product(f: Function, x: Tensor, v: Tensor) -> Tensor:
     _, ahead = f(x + h * v)
     _, behind = f(x - h * v)
     return (ahead - behind) / (2 * h)
-
-
-def _power(
-    product: Callable[[Tensor], Tensor], v: Tensor, tolerance: float, iterations: int
-) -> tuple[Eigenvalue, float]:
-    """The eigenvalue of largest magnitude from a first vector, and the last product's size."""
-    v, value = v / v.norm(), math.inf
-    for k in range(1, iterations + 1):
-        w = product(v)
-        before, value, size = value, float(v @ w), float(w.norm())
-        settled = abs(value - before) <= tolerance * abs(value)
-        if size == 0 or (settled and abs(value) >= (1 - tolerance) * size):
-            return Eigenvalue(value, v, k, True), size
-        v = w / size
-        if settled and abs(value) < MIXED * size:
-            break
-    return Eigenvalue(value, v, k, False), size
 
 
 def between(x_s: Tensor, x_l: Tensor, alpha: float) -> Tensor:

@@ -22,6 +22,7 @@ from headrace.launch.config import parse
 from headrace.launch.simulate import main
 from headrace.launch.simulation import side_by_side
 from headrace.launch.simulation.plan import DEFAULT, Case, Grid, plan, read_variants
+from headrace.launch.simulation.differences import difference, differences
 from headrace.launch.simulation.results import Row, best, results_table, smooth, updates_until
 from headrace.launch.simulation.run import Outcome, simulate
 from headrace.launch.studies.simulation_speed import WORKS, cut_up, train
@@ -83,9 +84,10 @@ def test_the_whole_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> 
         ["--config", "tiny.yaml", "--stages", "2,3", "--seeds", "2", "--variants", "variants.yaml"]
     )
     out = capsys.readouterr().out
+    above, below = out.split("less no delay")
     table = {
         (int(m[1]), m[2]): m[3]
-        for m in re.finditer(r"^ +(\d) +(no delay|stash|hot) {2,}(.*)$", out, re.MULTILINE)
+        for m in re.finditer(r"^ +(\d) +(no delay|stash|hot) {2,}(.*)$", above, re.MULTILINE)
     }
     assert list(table) == [(1, "no delay"), (2, "stash"), (2, "hot"), (3, "stash"), (3, "hot")]
     number = r"\d\.\d{4} ± \d\.\d{4}"
@@ -93,10 +95,17 @@ def test_the_whole_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert re.match(rf"{number} +{number} +0\.00 +20 +\d+\.\d s", table[1, "no delay"])
     assert table[3, "hot"].startswith("diverged ")
     assert "diverged: hot, 2 stages, seed 0: stage " in out
+    interval = r"[+-]\d\.\d{4} \([+-]\d\.\d{4} to [+-]\d\.\d{4}\)"
+    rows = re.findall(rf"^ +(\d) +(\w+) +{interval} +{interval} *$", below, re.MULTILINE)
+    assert rows == [("2", "stash"), ("3", "stash")], "what diverges has none"
     written = folder / "runs" / "tiny-simulation"
     names = ["config.yaml", "curves.png", "curves.svg", "results.csv", "results.json"]
     assert sorted(path.name for path in written.iterdir()) == names
-    runs = json.loads((written / "results.json").read_text())["runs"]
+    results = json.loads((written / "results.json").read_text())
+    assert [(e["stages"], e["score"]) for e in results["differences"]] == [
+        (2, "loss"), (2, "accuracy"), (3, "loss"), (3, "accuracy"),
+    ]  # fmt: skip
+    runs = results["runs"]
     assert len(runs) == 10 and {run["seed"] for run in runs} == {0, 1}
     stash = [run for run in runs if (run["variant"], run["stages"]) == ("stash", 3)]
     # d_j = 2, 1, 0, once warm: the first micro-batches meet fewer updates.
@@ -227,6 +236,29 @@ def test_means_are_over_those_that_finished() -> None:
     assert best(rows, 2)["a"] is rows[1], "a rate at which a seed diverges is not the best"
     cells = [[str(cell) for cell in column.cells] for column in results_table(rows).columns]
     assert cells[3] == ["2.0000 ± 0.0000, 1 of 3 diverged", "3.0000"]
+
+
+def test_an_interval_is_students_and_pairs_the_seeds() -> None:
+    mean, half = difference([1.0, 2.0, 3.0], [0.0, 1.0, 1.0])  # 1, 1, 2
+    # Of 3 differences with standard deviation 1/√3: 4.303 (t, 2 degrees of freedom) · 1/√3 · 1/√3.
+    assert (mean, half) == (pytest.approx(4 / 3), pytest.approx(4.302653 / 3, rel=1e-6))
+    mean, half = difference([5.0, 9.0], [4.0, 8.0])
+    assert (mean, half) == (1, 0), "what the seeds share is gone"
+
+
+def test_differences_are_of_the_best_rates_and_of_whole_rows() -> None:
+    config = parse(["--config", "tiny.yaml", "--stages", "2"])
+
+    def row(variant: str, rate: float, *losses: float) -> Row:
+        ends = tuple(Outcome(None, {"loss": loss}, (0.0,)) for loss in losses)
+        return Row(Case(variant, (2,), rate, (config,) * len(losses)), ends)
+
+    first = [row("a", 0.1, 2.0, 3.0), row("a", 0.2, 1.0, 2.0)]
+    others = [row("b", 0.1, 1.5, 2.5), row("b", 0.2, 4.0, 4.0), row("c", 0.1, 1.0)]
+    (found,) = differences([*first, *others])
+    assert (found.variant, found.less, found.mean, found.half) == ("b", "a", 0.5, 0.0)
+    assert differences(others) == [], "of the first variant, b, c lacks a seed"
+    assert differences([row("a", 0.1, 1.0), row("b", 0.1, 1.0)]) == [], "one seed has no spread"
 
 
 def test_smooth() -> None:

@@ -103,6 +103,17 @@ def test_what_does_nothing_about_the_delay_does_not_silence(
     assert said(capsys).count("warning: staleness") == 2
 
 
+def test_a_batch_that_grows_begins_with_the_delay_of_its_first_size(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    growth = "{class_path: steps, init_args: {sizes: [28, 56], at: [1]}}"
+    cut = ("--data.batch_size", "4", "--pipeline.batch_size", growth, *MOMENTUM)
+    train(*cut, file="deep.yaml")
+    plan(["--config", "deep.yaml", *cut])
+    figures = "stability: staleness 1 at stage 0 divides the largest stable learning rate by 38"
+    assert said(capsys).count(figures) == 2
+
+
 def test_a_plan_knows_what_auto_would_choose(capsys: pytest.CaptureFixture[str]) -> None:
     plan(["--config", "deep.yaml", *MOMENTUM, "--pipeline.corrections", "[auto]"])
     assert "stab" not in said(capsys)

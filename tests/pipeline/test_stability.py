@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from headrace.pipeline import Pipeline
+from headrace.pipeline.batch_size import Steps
 from headrace.pipeline.corrections import Auto, LearningRate, SynchronousWarmUp, TwoVersions
 from headrace.pipeline.rules import Delayed
 from headrace.pipeline.stability import Stability, StabilityWarning, largest_rate
@@ -161,6 +162,13 @@ def test_silent_where_the_law_has_nothing_to_say(options: dict[str, Any]) -> Non
 def test_corrections_that_leave_the_delay_as_it_is_do_not_silence(options: dict[str, Any]) -> None:
     with pytest.warns(StabilityWarning, match=r"^staleness 7 at stage 0 divides"):
         assert trained(**options).stability is not None
+
+
+def test_where_the_batch_grows_nobody_knows_the_delay_in_updates_beforehand() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", StabilityWarning)
+        law = trained(batch_size=Steps([8, 16], at=[1])).stability
+    assert law is not None and law.staleness == 7, "the most that it can be"
 
 
 def test_what_auto_chooses_silences() -> None:
