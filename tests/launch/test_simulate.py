@@ -21,8 +21,8 @@ from headrace.launch.assemble import make_corrections
 from headrace.launch.config import parse
 from headrace.launch.simulate import main
 from headrace.launch.simulation import side_by_side
-from headrace.launch.simulation.plan import DEFAULT, Case, Grid, plan, read_variants
 from headrace.launch.simulation.differences import difference, differences
+from headrace.launch.simulation.plan import DEFAULT, Case, Grid, plan, read_variants
 from headrace.launch.simulation.results import Row, best, results_table, smooth, updates_until
 from headrace.launch.simulation.run import Outcome, simulate
 from headrace.launch.studies.simulation_speed import WORKS, cut_up, train
