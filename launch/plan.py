@@ -27,10 +27,12 @@ from .config import Config, parse
 from .display import console, count, layers_table, partition_table, prospect, stale, title
 from .ranks import refuse_error
 from .stability import foresee
+from .wording import engine_in_yaml
 
 __all__ = ["main", "make_plan"]
 
 
+@engine_in_yaml()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line, measure every layer here, and print; ends with 2 if it cannot be."""
     try:

@@ -95,12 +95,12 @@ def recall(name: str) -> str | None:
         return str(store.get(key).decode()) if store.check([key]) else None
 
 
-def refuse(message: str) -> NoReturn:
-    """Print one line on stderr, once however many processes refuse, and end with exit code 2."""
+def refuse(message: str, code: int = 2) -> NoReturn:
+    """Print one line on stderr, once however many processes refuse, and end with this exit code."""
     line = f"headrace: {message}\n"
     if processes() is None:
         sys.stderr.write(line)
-        raise SystemExit(2)
+        raise SystemExit(code)
     mine = str(rank())
     with _store() as store:
         if store.compare_set(_key("refused"), "", mine).decode() == mine:
@@ -110,17 +110,17 @@ def refuse(message: str) -> NoReturn:
         else:
             # torchrun ends all processes as soon as one has ended: not before the line is out.
             store.wait([_key("printed")], timedelta(seconds=5))
-    raise SystemExit(2)
+    raise SystemExit(code)
 
 
-def refuse_error(error: Exception) -> NoReturn:
+def refuse_error(error: Exception, code: int = 2) -> NoReturn:
     """Refuse in an error's one line, in a configuration's words, unless a pipeline under torchrun
     has printed it already.
     """
     if getattr(error, "headrace_reported", False):
         sys.stdout.flush()
-        os._exit(2)  # the backend's threads may still wait, so Python must not end by itself
-    refuse(in_yaml(str(error)))
+        os._exit(code)  # the backend's threads may still wait, so Python must not end by itself
+    refuse(in_yaml(str(error)), code)
 
 
 def stop(number: int, frame: FrameType | None) -> None:

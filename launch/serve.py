@@ -28,10 +28,12 @@ from .components import build
 from .config import Config, parse
 from .display import bars
 from .ranks import refuse_error, stop
+from .wording import engine_in_yaml
 
 __all__ = ["main"]
 
 
+@engine_in_yaml()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and serve; ends the process with 2 where that cannot be done."""
     signal.signal(signal.SIGTERM, stop)

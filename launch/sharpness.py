@@ -32,6 +32,7 @@ from .minima import STEPS, Data, Line, Measured, State, measure, measure_line
 from .ranks import check_stages, hear, processes, rank, refuse_error, stop, tell
 from .run_files import check_folder
 from .saved import Saved, find_saved
+from .wording import engine_in_yaml
 
 __all__ = ["main"]
 
@@ -55,6 +56,7 @@ class Options:
     seed: int
 
 
+@engine_in_yaml()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and measure; ends the process with 2 where that cannot be done."""
     for number in (signal.SIGTERM, signal.SIGINT):

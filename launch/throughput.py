@@ -23,10 +23,12 @@ from .profiling.systems import SYSTEMS, default_rows
 from .ranks import check_stages, processes, rank, refuse_error
 from .run_files import check_folder
 from .strict_yaml import load
+from .wording import engine_in_yaml
 
 __all__ = ["main", "parse_command"]
 
 
+@engine_in_yaml()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and profile; ends the process with 2 where that cannot be done."""
     try:

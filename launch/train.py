@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from headrace.pipeline import Pipeline
-from headrace.pipeline.errors import InputError
+from headrace.pipeline.errors import InputError, NonFiniteError
 from headrace.pipeline.grid import Grid
 from headrace.pipeline.stability import StabilityWarning
 
@@ -42,12 +42,12 @@ from .resume import (
     plan_checkpoints,
     run_folder,
 )
-from .wording import warnings_in_yaml
+from .wording import engine_in_yaml
 
 __all__ = ["main"]
 
 
-@warnings_in_yaml()
+@engine_in_yaml()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and train; ends the process with 2 where that cannot be done."""
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -72,6 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _run(config, data, pipe, beginning)
     except InputError as error:
         refuse_error(error)
+    except NonFiniteError as error:
+        refuse_error(error, 1)
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import headrace.pipeline
+from headrace.pipeline.errors import told_in
 
-__all__ = ["in_yaml", "warnings_in_yaml"]
+__all__ = ["engine_in_yaml", "in_yaml"]
 
 _ENGINE = str(Path(headrace.pipeline.__file__).parent)
 
@@ -46,9 +47,9 @@ def in_yaml(text: str) -> str:
 
 
 @contextmanager
-def warnings_in_yaml() -> Iterator[None]:
-    """Within a block, or a function that it decorates, the engine's warnings are a line in a
-    configuration's words; those of others are as they were.
+def engine_in_yaml() -> Iterator[None]:
+    """Within a block, or a function that it decorates, the engine's errors and warnings are a line
+    in a configuration's words; those of others are as they were.
     """
     plain = warnings.formatwarning
 
@@ -65,7 +66,8 @@ def warnings_in_yaml() -> Iterator[None]:
 
     warnings.formatwarning = say
     try:
-        yield
+        with told_in(in_yaml):
+            yield
     finally:
         warnings.formatwarning = plain
 

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from . import calls
 from .channel import Inbox, Links
+from .errors import NonFiniteError
 from .finite import explain
 from .gathering import Gathering
 from .gradient import all_finite
@@ -427,7 +428,7 @@ class Engine:
             what = f"the {kind} that came from the neighbour is not finite"
         if not all_finite([t for t in leaves(flight.output) if t.is_floating_point()]):
             what = "the output of this stage is not finite"
-        raise FloatingPointError(
+        raise NonFiniteError(
             f"stage {stage.index} of {stage.count}, micro-batch {flight.index}: {what}. Try a "
             "lower learning rate, clip_grad_norm=1.0, or on_nonfinite='skip'"
         )
@@ -474,7 +475,7 @@ class Engine:
         else:
             late = any(self.depths) and not self.schedule.flushes
             delay = " (what a delay allows falls as 1/(2τ+1))" if late else ""
-            raise FloatingPointError(
+            raise NonFiniteError(
                 f"stage {stage.index} of {stage.count}, micro-batch {flight.index}: {reason}. "
                 f"Staleness {stage.timestamp - flight.version} updates, effective learning rate "
                 f"η/(1-m) = {stage.effective_learning_rate:.3g}. Try a lower learning rate"

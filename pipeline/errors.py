@@ -1,6 +1,9 @@
-"""The one error of our own: input that can only be refused."""
+"""The errors of our own, and the words in which they are told."""
 
-__all__ = ["InputError", "first_line"]
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+__all__ = ["InputError", "NonFiniteError", "first_line", "told", "told_in"]
 
 
 class InputError(ValueError):
@@ -8,6 +11,34 @@ class InputError(ValueError):
 
     The launcher prints its message as one line and ends with exit code 2.
     """
+
+
+class NonFiniteError(FloatingPointError):
+    """An output, a loss or a gradient that is not finite, found where it arose.
+
+    Its message says where, and a traceback says no more: the launcher prints it as one line and
+    ends with exit code 1.
+    """
+
+
+_words: list[Callable[[str], str]] = [str]
+
+
+@contextmanager
+def told_in(words: Callable[[str], str]) -> Iterator[None]:
+    """Within a block ranks report our own errors in other words, such as a configuration's keys
+    for Python's arguments; on whatever thread.
+    """
+    _words.append(words)
+    try:
+        yield
+    finally:
+        _words.pop()
+
+
+def told(error: Exception) -> str:
+    """What it says, in the words of whoever drives the pipeline."""
+    return _words[-1](str(error))
 
 
 def first_line(error: BaseException) -> str:

@@ -43,7 +43,7 @@ from .corrections import Correction
 from .course import Course
 from .driver import TOLD, Alone, Apart, Driver, Serving
 from .engine import Call, Engine, Metrics
-from .errors import InputError, first_line
+from .errors import InputError, first_line, told
 from .feed import Source, begin, deal, feed, read
 from .grid import Grid
 from .link import Link
@@ -162,7 +162,7 @@ class Pipeline:
         try:
             self._world = meet()
         except InputError as error:
-            print(f"headrace: {error}", file=sys.stderr, flush=True)
+            print(f"headrace: {told(error)}", file=sys.stderr, flush=True)
             raise SystemExit(2) from error
         self._watch = self._start_watch(self._world, timeout) if self._world else None
         self.partition: Partition | None = None

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from .driver import Alone
 from .engine import Call, Engine
+from .errors import NonFiniteError
 from .feed import Source
 from .gradient import all_finite
 from .layers import Layers, Places, layer_at_fault, named_layers
@@ -212,7 +213,7 @@ class Together:
         ]
         at = broken[0] if broken else bad[-1]
         self._engines[at].stop_on(flights[at], [])
-        raise FloatingPointError(f"micro-batch {flights[at].index}: its loss is not finite")
+        raise NonFiniteError(f"micro-batch {flights[at].index}: its loss is not finite")
 
 
 class _Member:

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 
 from .bell import Bell
-from .errors import InputError, first_line
+from .errors import InputError, NonFiniteError, first_line, told
 from .layers import layer_at_fault
 
 __all__ = ["Failure", "Pulse", "Watch", "is_reported"]
@@ -194,14 +194,13 @@ class Watch:
             if "killed by signal" in str(error.__cause__):
                 self._await_same_signal()
             whose = self.names[self._rank]  # of several replicas, each has a loader
-            line = f"{whose}: {error}" if whose.startswith("replica") else str(error)
+            line = f"{whose}: {told(error)}" if whose.startswith("replica") else told(error)
             self.fail(line, code=2)
             return
-        layer = layer_at_fault(error)
-        where = ", ".join(filter(None, [layer, doing]))
-        if isinstance(error, FloatingPointError) and layer is None:
-            self.fail(str(error), code=1)  # our own: it says where, and a traceback says no more
+        if isinstance(error, NonFiniteError):
+            self.fail(told(error), code=1)
             return
+        where = ", ".join(filter(None, [layer_at_fault(error), doing]))
         text = f"{name} failed: {type(error).__name__} in {where}: {first_line(error)}"
         self.fail(text, code=1, details="".join(traceback.format_exception(error)))
 
@@ -219,7 +218,7 @@ class Watch:
     def refuse(self, error: Exception) -> None:
         """Report an argument that cannot work: one line, and exit code 2."""
         error.headrace_reported = True  # type: ignore[attr-defined]
-        self.fail(str(error), code=2)
+        self.fail(told(error), code=2)
 
     def close(self) -> None:
         """Stop watching, and give back the signal handlers."""

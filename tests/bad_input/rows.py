@@ -517,10 +517,10 @@ ROWS = (
     Row(
         "an input that is not finite",
         (
-            "FloatingPointError: stage 0 of 2, micro-batch 0: its input is not finite: look "
+            "stage 0 of 2, micro-batch 0: its input is not finite: look "
             "at the data. Staleness 0 updates, effective learning rate η/(1-m) = 0.2. Try a "
             "lower learning rate (what a delay allows falls as 1/(2τ+1)), "
-            "clip_grad_norm=1.0, or on_nonfinite='skip'"
+            "pipeline.clip_grad_norm: 1.0, or pipeline.on_nonfinite: 'skip'"
         ),
         1,
         command="train",
@@ -530,10 +530,11 @@ ROWS = (
     Row(
         "a learning rate that diverges",
         (
-            "FloatingPointError: stage 0 of 2, micro-batch 2: the output of layer '3' "
+            "stage 0 of 2, micro-batch 2: the output of layer '3' "
             "(Linear) is not finite, its input is. Staleness 1 updates, effective learning "
             "rate η/(1-m) = 2e+30. Try a lower learning rate (what a delay allows falls as "
-            "1/(2τ+1)), clip_grad_norm=1.0, or on_nonfinite='skip'"
+            "1/(2τ+1)), pipeline.clip_grad_norm: 1.0, or "
+            "pipeline.on_nonfinite: 'skip'"
         ),
         1,
         command="train",
@@ -542,10 +543,10 @@ ROWS = (
     Row(
         "a learning rate that diverges, one stage",
         (
-            "FloatingPointError: stage 0 of 1, micro-batch 1: the output of layer '3' "
+            "stage 0 of 1, micro-batch 1: the output of layer '3' "
             "(Linear) is not finite, its input is. Staleness 0 updates, effective learning "
-            "rate η/(1-m) = 2e+30. Try a lower learning rate, clip_grad_norm=1.0, or "
-            "on_nonfinite='skip'"
+            "rate η/(1-m) = 2e+30. Try a lower learning rate, pipeline.clip_grad_norm: 1.0, "
+            "or pipeline.on_nonfinite: 'skip'"
         ),
         1,
         command="train",

@@ -14,12 +14,11 @@ INTRODUCTION = """\
 What cannot work is refused at once, in one line on standard error that begins with `headrace: `
 and names the thing, its value and what to write; the command ends with exit code 2, once for all
 ranks. Python raises a built-in error instead (`InputError`, where data, a loss or an optimizer
-turned out not to work, is a `ValueError`). A loss that is not finite ends a run with 1 and a
-traceback, as a failure does (README, "When something goes wrong").
+turned out not to work, is a `ValueError`). What is not finite ends a run in one line, too, and with
+1, as a failure does (README, "When something goes wrong").
 
 In a row a command's name is what follows `python -m headrace.launch.`; all others are Python's. `…`
-stands for what is left out here. Under torchrun the engine's own checks speak of Python's arguments
-(`micro_batches=0`) where one process says `pipeline.micro_batches is 0`.
+stands for what is left out here.
 
 Every row is a test: `tests/bad_input/rows.py` holds them, and `python -m tests.bad_input.write`
 writes this page.

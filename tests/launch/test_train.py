@@ -528,8 +528,9 @@ def test_torchrun_gives_the_same_weights_and_only_the_first_rank_speaks(folder: 
         (["--modle", "x"], "unknown key modle"),  # every rank finds it
         (["--data.train.init_args.samples", "0"], "data.train: samples=0"),  # the first alone does
         (["--stages", "3"], "stages: 3, but torchrun started 2 processes: start it with"),
-        (["--pipeline.slack", "[1, 1]"], "slack=[1, 1]"),  # the pipeline does
-        (["--pipeline.balance", "[1, 1]"], "balance=[1, 1]"),
+        (["--pipeline.slack", "[1, 1]"], "pipeline.slack is [1, 1]"),  # the pipeline does
+        (["--pipeline.balance", "[1, 1]"], "pipeline.balance: [1, 1] has"),
+        (["--pipeline.corrections", "[auto, auto]"], "pipeline.corrections has auto and auto"),
     ],
 )
 def test_ranks_print_a_refusal_once(
@@ -540,6 +541,20 @@ def test_ranks_print_a_refusal_once(
     outcome.expect(2, 2)
     assert line in outcome.report
     assert not Path("runs").exists()
+
+
+def test_ranks_tell_of_a_divergence_in_one_line_as_one_process_does(
+    launcher: Launcher, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--config", "tiny.yaml", "--optimizer.init_args.lr", "1e30"]
+    with pytest.raises(SystemExit) as ended:
+        main(given)
+    line = capsys.readouterr().err
+    assert ended.value.code == 1 and line.startswith("headrace: stage 1 of 2, micro-batch 1: the ")
+    assert line.endswith("pipeline.clip_grad_norm: 1.0, or pipeline.on_nonfinite: 'skip'\n")
+    outcome = launcher.run(run_train, 2, given, folder, environment=UNDER_TORCHRUN)
+    outcome.expect(1, 1)
+    assert outcome.report + "\n" == line and not outcome.tracebacks
 
 
 def test_torchrun_prints_a_refusal_once(folder: Path) -> None:

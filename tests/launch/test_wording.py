@@ -7,7 +7,7 @@ import pytest
 
 import headrace.pipeline
 from headrace.launch.config import parse
-from headrace.launch.wording import in_yaml, warnings_in_yaml
+from headrace.launch.wording import engine_in_yaml, in_yaml
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ ADVICE = {
 def test_what_the_engine_warns_of_is_in_keys_and_what_others_do_as_it_is() -> None:
     own = str(Path(headrace.pipeline.__file__).parent / "replicas" / "hogwild.py")
     say, text = warnings.formatwarning, "torn; write rule=Exact()"
-    with warnings_in_yaml():
+    with engine_in_yaml():
         ours = warnings.formatwarning(text, UserWarning, own, 1)
         others = warnings.formatwarning(text, UserWarning, "other.py", 1, "")
     assert ours == "headrace: warning: torn; write pipeline.rule: exact\n"
