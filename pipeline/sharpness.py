@@ -216,8 +216,9 @@ def lambda_max(
         if n == 1 or not first.any():  # ARPACK takes neither one row nor a Hessian of zeros
             return Eigenvalue(*best, made, True)
         values, vectors = solver.eigsh(
-            operator, k=1, which="LA", v0=start.numpy(), tol=tolerance, maxiter=products
-        )
+            operator, k=1, which="LA", v0=start.numpy(), tol=tolerance, maxiter=products,
+            rng=seed,  # ranks that run it in step must all begin anew with the same vector
+        )  # fmt: skip
     except _EnoughError:
         return Eigenvalue(*best, made, False)
     return Eigenvalue(float(values[0]), torch.from_numpy(vectors[:, 0]), made, True)

@@ -156,6 +156,8 @@ def test_lambda_max_where_arpack_alone_would_not_do(curvature: list[float]) -> N
     h = torch.tensor(curvature, dtype=torch.float64)
     found = lambda_max(quadratic(h, 0 * h, 1.0), 0 * h)
     assert found.converged and found.value == pytest.approx(float(h.max()), abs=1e-9)
+    again = lambda_max(quadratic(h, 0 * h, 1.0), 0 * h)
+    assert torch.equal(again.vector, found.vector), "ranks run it in step"
 
 
 def test_lambda_max_among_many_that_are_close() -> None:
