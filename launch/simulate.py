@@ -29,6 +29,7 @@ from .simulation.picture import draw
 from .simulation.plan import DEFAULT, Case, Grid, plan, read_variants
 from .simulation.results import Row, best, results_table, write_csv, write_json
 from .simulation.side_by_side import outcomes
+from .wording import in_yaml
 
 __all__ = ["main"]
 
@@ -90,7 +91,7 @@ def _legend(rows: Sequence[Row], seeds: str) -> str:
         for config, outcome in zip(row.case.configs, row.outcomes, strict=True):
             if outcome.diverged is not None:
                 where = f"{row.case.variant}, {count(row.case.stages, 'stage')}"
-                lines.append(f"diverged: {where}, seed {config.seed}: {outcome.diverged}")
+                lines.append(f"diverged: {where}, seed {config.seed}: {in_yaml(outcome.diverged)}")
                 break
     return "\n".join(lines) + "\n"
 
