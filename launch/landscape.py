@@ -2,10 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from .data.checks import import_extra
 from .minima import Line
+from .plotting import clean, import_pyplot, save
 
 __all__ = ["draw_line", "draw_worst"]
 
@@ -21,7 +20,7 @@ def draw_line(line: Line, small: str, large: str, stem: Path) -> list[Path]:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    plt = _pyplot()
+    plt = import_pyplot("sharpness")
     names = ["loss", *[name for name in line.train[0] if name != "loss"][:1]]
     fig, axes = plt.subplots(
         len(names), figsize=(8, 2.2 + 2.1 * len(names)), sharex=True, squeeze=False,
@@ -43,7 +42,7 @@ def draw_line(line: Line, small: str, large: str, stem: Path) -> list[Path]:
             ax.set_yscale("log")
         ax.set_ylabel(f"{name}, logarithmic" if name == "loss" else name)
         ax.set_xlim(line.alphas[0], line.alphas[-1])
-        _clean(ax)
+        clean(ax)
     top, bottom = axes[0, 0], axes[-1, 0]
     top.legend(frameon=False, loc="best", fontsize=9)
     for at, text in ((0, small), (1, large)):
@@ -53,7 +52,7 @@ def draw_line(line: Line, small: str, large: str, stem: Path) -> list[Path]:
         )  # fmt: skip
     bottom.set_xlabel("α: the weights are α times the second's and 1 - α times the first's")
     fig.suptitle("On the line between two minima", fontsize=13)
-    return _save(plt, fig, stem)
+    return save(fig, stem)
 
 
 def draw_worst(
@@ -67,7 +66,7 @@ def draw_worst(
     Raises:
         ImportError: matplotlib is not installed.
     """
-    plt = _pyplot()
+    plt = import_pyplot("sharpness")
     fig, ax = plt.subplots(figsize=(7.5, 4.6), layout="constrained")
     for (name, (steps, losses)), colour, style in zip(
         curves.items(), (TRAIN, TEST), ("o-", "s-"), strict=False
@@ -79,28 +78,5 @@ def draw_worst(
     ax.set_ylabel("training loss")
     ax.legend(frameon=False, fontsize=9)
     ax.set_title(f"The loss along the worst direction, ε = {epsilon:g}", loc="left", fontsize=13)
-    _clean(ax)
-    return _save(plt, fig, stem)
-
-
-def _clean(ax: Any) -> None:
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(True, color="#EEEEEE", linewidth=0.8)
-    ax.set_axisbelow(True)
-
-
-def _pyplot() -> Any:
-    matplotlib = import_extra("matplotlib", extra="sharpness", user="drawing")
-    matplotlib.use("Agg")
-    matplotlib.rcParams.update(
-        {"svg.fonttype": "none", "svg.hashsalt": "headrace", "font.size": 10}
-    )
-    return import_extra("matplotlib.pyplot", extra="sharpness", user="drawing")
-
-
-def _save(plt: Any, fig: Any, stem: Path) -> list[Path]:
-    paths = [stem.with_suffix(".png"), stem.with_suffix(".svg")]
-    fig.savefig(paths[0], dpi=150)
-    fig.savefig(paths[1], metadata={"Date": None})
-    plt.close(fig)
-    return paths
+    clean(ax)
+    return save(fig, stem)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from headrace.pipeline.errors import InputError
 
-__all__ = ["RunFiles", "check_folder", "new_folder"]
+__all__ = ["RunFiles", "check_folder", "for_json", "new_folder"]
 
 
 class RunFiles:
@@ -52,7 +52,7 @@ class RunFiles:
 
     def _write(self, event: str, step: int, values: Mapping[str, Any]) -> None:
         line = {"event": event, "step": step, **values}
-        self._metrics.write(json.dumps(_finite(line)) + "\n")
+        self._metrics.write(json.dumps(for_json(line)) + "\n")
         self._metrics.flush()
 
     def histogram(self, tag: str, step: int, counts: Mapping[int, int]) -> None:
@@ -76,7 +76,7 @@ class RunFiles:
     def finish(self, summary: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
         """Write summary.json and weights.pt, each whole or not at all, and close the others."""
         _replace(self.folder / "weights.pt", lambda path: torch.save(dict(weights), path))
-        text = json.dumps(_finite(summary), indent=2) + "\n"
+        text = json.dumps(for_json(summary), indent=2) + "\n"
         _replace(self.folder / "summary.json", lambda path: path.write_text(text, encoding="utf-8"))
         self.close()
 
@@ -165,14 +165,14 @@ def _tensorboard(folder: Path, samples: int) -> Any:
     return SummaryWriter(log_dir=str(folder), purge_step=samples or None)
 
 
-def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: null."""
+def for_json(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null. And a tuple is a list there."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {name: _finite(each) for name, each in value.items()}
+        return {name: for_json(each) for name, each in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
+        return [for_json(each) for each in value]
     return value
 
 

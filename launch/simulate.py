@@ -21,7 +21,7 @@ from headrace.pipeline.errors import InputError
 
 from .config import to_yaml
 from .display import console, count, duration, print_table
-from .profiling.pictures import import_pyplot
+from .plotting import import_pyplot
 from .ranks import processes, refuse_error, stop
 from .run_files import check_folder, new_folder
 from .simulation.differences import differences, differences_table, import_special

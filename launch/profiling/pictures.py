@@ -8,10 +8,10 @@ from typing import Any
 from headrace.pipeline import Timeline
 from headrace.pipeline.timeline import WORKING, Work
 
-from ..data.checks import import_extra
+from ..plotting import clean, import_pyplot, save
 from .prediction import Curve
 
-__all__ = ["draw_bandwidth", "draw_speed_up", "draw_timelines", "import_pyplot", "save"]
+__all__ = ["draw_bandwidth", "draw_speed_up", "draw_timelines"]
 
 COLOURS = {
     Work.FORWARD: "#3B8BC2",
@@ -218,33 +218,6 @@ def _label(ax: Any, labels: Sequence[tuple[str, float, float, str, int]]) -> Non
 
 
 def _finish(ax: Any, title: str, subtitle: str) -> None:
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(True, color="#EEEEEE", linewidth=0.8)
-    ax.set_axisbelow(True)
+    clean(ax)
     ax.set_title(f"{title}\n", loc="left", fontsize=13)
     ax.text(0, 1.02, subtitle, transform=ax.transAxes, fontsize=9, color="#555555")
-
-
-def import_pyplot() -> Any:
-    """matplotlib's pyplot, drawing into files, the same bytes every time.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
-    matplotlib = import_extra("matplotlib", extra="profile", user="drawing")
-    matplotlib.use("Agg")
-    matplotlib.rcParams.update(
-        {"svg.fonttype": "none", "svg.hashsalt": "headrace", "font.size": 10}
-    )
-    from matplotlib import pyplot
-
-    return pyplot
-
-
-def save(fig: Any, stem: Path) -> list[Path]:
-    """Write a figure as PNG and SVG, and let it go; gives the files."""
-    paths = [stem.with_suffix(".png"), stem.with_suffix(".svg")]
-    fig.savefig(paths[0], dpi=150)
-    fig.savefig(paths[1], metadata={"Date": None})
-    import_pyplot().close(fig)
-    return paths

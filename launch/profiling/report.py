@@ -20,6 +20,7 @@ from headrace.pipeline.timeline import Work, chrome_trace
 from ..assemble import expected_staleness, make_rules
 from ..data.checks import import_extra
 from ..display import partition_table, title
+from ..run_files import for_json
 from .contest import Entry, best
 from .costs import Costs
 from .diagnosis import Diagnosis, Evidence, diagnose
@@ -32,7 +33,6 @@ from .systems import observed
 from .table import (
     comparison_table,
     curves_table,
-    plain,
     rows_of,
     stages_table,
     time_table,
@@ -243,7 +243,7 @@ def _about(found: Results, diagnosis: Diagnosis) -> dict[str, Any]:
         "rounds": options.rounds,
         "steps": len(work.batches),
         "link_latency_ms": None if options.link is None else options.link.latency * 1000,
-        "links": [plain(asdict(link)) for link in seen.links],
+        "links": [for_json(asdict(link)) for link in seen.links],
         "slack": seen.slack,
         "diagnosis": diagnosis.lines,
         "fixes": diagnosis.fixes,

@@ -13,13 +13,13 @@ from rich.table import Table
 from headrace.pipeline import Timeline
 from headrace.pipeline.timeline import Span, Work
 
+from ..run_files import for_json
 from .contest import Entry
 from .prediction import Curve
 
 __all__ = [
     "comparison_table",
     "curves_table",
-    "plain",
     "rows_of",
     "stages_table",
     "time_table",
@@ -57,17 +57,8 @@ def rows_of(entries: Sequence[Entry], predicted: Mapping[Any, float]) -> list[di
             "weight_copies": [fact.copies for fact in entry.facts],
             "not_run": entry.refused,
         }
-        rows.append(plain(row))
+        rows.append(for_json(row))
     return rows
-
-
-def plain(value: Any) -> Any:
-    """For JSON, which has no NaN and no infinity: null."""
-    if isinstance(value, list):
-        return [plain(each) for each in value]
-    if isinstance(value, dict):
-        return {name: plain(each) for name, each in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_json(path: Path, rows: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> None:

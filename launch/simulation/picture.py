@@ -7,7 +7,7 @@ from statistics import median
 from typing import Any
 
 from ..display import count
-from ..profiling.pictures import import_pyplot, save
+from ..plotting import clean, import_pyplot, save
 from .results import Row, best, smooth, spread
 
 __all__ = ["draw"]
@@ -118,8 +118,6 @@ def _ends(ax: Any, rows: Sequence[Row], columns: Sequence[int], colours: dict[st
 
 
 def _dress(ax: Any, title: str, ylabel: str) -> None:
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(True, color="#EEEEEE", linewidth=0.8)
-    ax.set_axisbelow(True)
+    clean(ax)
     ax.set_title(title, loc="left", fontsize=10)
     ax.set_ylabel(ylabel)

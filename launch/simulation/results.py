@@ -13,7 +13,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from ..config import to_yaml
-from ..profiling.table import plain
+from ..run_files import for_json
 from .plan import Case
 from .run import Outcome
 
@@ -187,7 +187,7 @@ def write_json(path: Path, rows: Sequence[Row], about: Mapping[str, Any]) -> Non
         for row in rows
         for config, outcome in zip(row.case.configs, row.outcomes, strict=True)
     ]
-    text = json.dumps(plain({**about, "runs": json.loads(json.dumps(runs))}), indent=1)
+    text = json.dumps(for_json({**about, "runs": runs}), indent=1)
     path.write_text(text + "\n", encoding="utf-8")
 
 

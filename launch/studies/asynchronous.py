@@ -36,8 +36,8 @@ from headrace.pipeline.replicas import Downpour
 from headrace.pipeline.settings import Settings
 
 from ..data import Digits
-from ..data.checks import import_extra
 from ..metrics import accuracy
+from ..plotting import import_pyplot
 from ..run_files import check_folder
 from .event_simulator import Times, simulate
 
@@ -494,9 +494,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def draw(runs: Runs, path: Path) -> None:
     """Test error and training loss against how strongly stale gradients are discounted."""
-    matplotlib: Any = import_extra("matplotlib", extra="matplotlib", user="asynchronous")
-    matplotlib.use("Agg")
-    plt: Any = import_extra("matplotlib.pyplot", extra="matplotlib", user="asynchronous")
+    plt = import_pyplot(user="asynchronous")
     fig, axes = plt.subplots(1, 2, figsize=(11, 4.9), layout="constrained")
     names = [name for name in DISCOUNTS if "if" not in name]
     _panel(axes[0], "Test error, in percent", names, lambda o: 100 * (1 - o.accuracy), runs)

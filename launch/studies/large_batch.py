@@ -35,8 +35,8 @@ from headrace.pipeline.objective import Objective
 from headrace.pipeline.sharpness import directions, lambda_max, phi
 
 from ..data import Digits
-from ..data.checks import import_extra
 from ..metrics import accuracy
+from ..plotting import clean, import_pyplot
 from ..run_files import check_folder
 
 __all__ = ["Claim", "Minimum", "Plan", "Run", "check", "main", "minima_table", "runs_table"]
@@ -382,7 +382,7 @@ def draw(runs: Runs, path: Path) -> None:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    plt = _pyplot()
+    plt = import_pyplot("sharpness", "large_batch --out")
     fig, axes = plt.subplots(
         2, len(runs), figsize=(6 * len(runs), 7), squeeze=False, sharex=True, layout="constrained"
     )
@@ -401,21 +401,13 @@ def draw(runs: Runs, path: Path) -> None:
     axes[0, 0].set_ylabel("training loss, logarithmic")
     axes[1, 0].set_ylabel("test accuracy")
     for ax in axes.flat:
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(True, color="#EEEEEE", linewidth=0.8)
-        ax.set_axisbelow(True)
+        clean(ax)
     handles, names = axes[0, 0].get_legend_handles_labels()
     fig.legend(handles, names, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     fig.suptitle("At a third and two thirds of the epochs: batch times 5, or rate over 5, or both",
                  fontsize=13)  # fmt: skip
     fig.savefig(path, dpi=110)
     plt.close(fig)
-
-
-def _pyplot() -> Any:
-    matplotlib: Any = import_extra("matplotlib", extra="sharpness", user="large_batch --out")
-    matplotlib.use("Agg")
-    return import_extra("matplotlib.pyplot", extra="sharpness", user="large_batch --out")
 
 
 # The program ----------------------------------------------------------------------------------
@@ -459,7 +451,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.out is not None:
         try:
             check_folder(options.out, "--out")
-            _pyplot()
+            import_pyplot("sharpness", "large_batch --out")
         except (InputError, ImportError) as error:
             parser.error(str(error))
     torch.set_num_threads(1)

@@ -12,7 +12,6 @@ import argparse
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +21,7 @@ from headrace.pipeline.rules import Rule, Synthetic
 from headrace.pipeline.synthesizers import MLP
 
 from ..data import Digits
-from ..data.checks import import_extra
+from ..plotting import import_pyplot
 from ..run_files import check_folder
 from .digits import network, train_digits
 
@@ -135,9 +134,7 @@ def _filters(model: nn.Sequential) -> Tensor:
 
 
 def _draw(learned: Mapping[str, Tensor], alike: Mapping[str, Sequence[float]], path: Path) -> None:
-    matplotlib: Any = import_extra("matplotlib", extra="matplotlib", user="representations")
-    matplotlib.use("Agg")
-    plt: Any = import_extra("matplotlib.pyplot", extra="matplotlib", user="representations")
+    plt = import_pyplot(user="representations")
     shown = ["back-propagation", "cDNI", "DNI"]
     fig, axes = plt.subplots(
         1, len(shown) + 1, figsize=(13, 4.1), layout="constrained",
