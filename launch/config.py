@@ -98,7 +98,7 @@ class PipelineOptions:
         tuple[float, float], "seconds without a sign of life: until the first update, and after"
     ] = (300.0, 60.0)
     check_stability: Annotated[
-        int, "before training: power iterations for the curvature; 0: none"
+        int, "before training: products with the Hessian for the curvature; 0: none"
     ] = 0
 
 

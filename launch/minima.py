@@ -7,10 +7,10 @@ from typing import Any
 from torch import Tensor
 
 from headrace.pipeline.errors import InputError
+from headrace.pipeline.hessian import Eigenvalue
 from headrace.pipeline.objective import Objective
 from headrace.pipeline.sharpness import (
     ALPHAS,
-    Eigenvalue,
     Sharpness,
     directions,
     lambda_max,

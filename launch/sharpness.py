@@ -21,8 +21,9 @@ from typing import Any
 import torch
 
 from headrace.pipeline.errors import InputError
+from headrace.pipeline.hessian import Eigenvalue
 from headrace.pipeline.objective import Objective
-from headrace.pipeline.sharpness import Eigenvalue, Sharpness, find_solver
+from headrace.pipeline.sharpness import Sharpness, find_solver
 
 from .assemble import make_loader, make_loss, make_metrics, make_model
 from .config import Config

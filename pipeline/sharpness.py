@@ -9,15 +9,15 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
-from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .hessian import Eigenvalue, largest_eigenvalue
+
 __all__ = [
     "ALPHAS",
-    "Eigenvalue",
     "Function",
     "Sharpness",
     "between",
@@ -57,30 +57,14 @@ class Sharpness:
     iterations: int
 
 
-@dataclass(frozen=True)
-class Eigenvalue:
-    """What `lambda_max` found.
-
-    Args:
-        vector: (n,), of norm 1.
-        products: of the Hessian and a vector.
-        converged: whether they sufficed for the tolerance.
-    """
-
-    value: float
-    vector: Tensor
-    products: int
-    converged: bool
-
-
-def find_solver(part: str = "optimize") -> Any:
-    """scipy's part of this name.
+def find_solver() -> Any:
+    """scipy's `optimize`.
 
     Raises:
         ModuleNotFoundError: scipy is not installed; says how to install it.
     """
     try:
-        return import_module(f"scipy.{part}")
+        return import_module("scipy.optimize")
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             "sharpness needs scipy, which is not installed: pip install 'headrace[sharpness]'",
@@ -177,67 +161,8 @@ def phi(
 def lambda_max(
     f: Function, x: Tensor, tolerance: float = 1e-3, products: int = 300, seed: int = 0
 ) -> Eigenvalue:
-    """The largest eigenvalue of f's Hessian at x, by restarted Lanczos iteration (ARPACK's).
-
-    Away from a minimum others lie close to it, and negative ones are as large: power iteration
-    creeps there, so that a value that hardly changes any more may be far from the largest.
-
-    Args:
-        x: (n,), float64.
-        tolerance: how small |Hv - λv|, v of norm 1, must become beside |λ|; λ is then no
-            farther from an eigenvalue, and mostly much nearer.
-        products: of the Hessian and a vector, at most. Should they not do, the largest
-            v·Hv among them is given, which the eigenvalue is not below.
-        seed: of the first vector.
-
-    Raises:
-        ModuleNotFoundError: scipy is not installed.
-    """
-    solver = find_solver("sparse.linalg")
-    n, made = len(x), 0
-    best = (-math.inf, x)
-
-    def product(v: Any) -> Any:
-        nonlocal made, best
-        if made == products:
-            raise _EnoughError
-        made += 1
-        vector = torch.from_numpy(v).clone()  # of norm 1, as the start is
-        w = _hessian_product(f, x, vector)
-        best = max(best, (float(vector @ w), vector), key=itemgetter(0))
-        return w.numpy()
-
-    operator = solver.LinearOperator((n, n), product, dtype="float64")
-    generator = torch.Generator().manual_seed(seed)
-    start = torch.randn(n, dtype=torch.float64, generator=generator)
-    start /= start.norm()
-    try:
-        first = product(start.numpy())
-        if n == 1 or not first.any():  # ARPACK takes neither one row nor a Hessian of zeros
-            return Eigenvalue(*best, made, True)
-        values, vectors = solver.eigsh(
-            operator, k=1, which="LA", v0=start.numpy(), tol=tolerance, maxiter=products,
-            rng=seed,  # ranks that run it in step must all begin anew with the same vector
-        )  # fmt: skip
-    except _EnoughError:
-        return Eigenvalue(*best, made, False)
-    return Eigenvalue(float(values[0]), torch.from_numpy(vectors[:, 0]), made, True)
-
-
-class _EnoughError(Exception):
-    """As many products as were asked for."""
-
-
-def _hessian_product(f: Function, x: Tensor, v: Tensor) -> Tensor:
-    """Hv ≈ (∇f(x + hv) - ∇f(x - hv)) / 2h for |v| = 1.
-
-    h is the cube root of float64's precision, times x's size: the error of rounding, as 1/h, and
-    that of the third derivative, as h², are alike there.
-    """
-    h: float = torch.finfo(torch.float64).eps ** (1 / 3) * max(1.0, float(x.norm()))
-    _, ahead = f(x + h * v)
-    _, behind = f(x - h * v)
-    return (ahead - behind) / (2 * h)
+    """The largest eigenvalue of f's Hessian at x (n,), float64; see `largest_eigenvalue`."""
+    return largest_eigenvalue(lambda x: f(x)[1], x, tolerance, products, seed)
 
 
 def between(x_s: Tensor, x_l: Tensor, alpha: float) -> Tensor:

@@ -3,6 +3,7 @@
 import itertools
 import math
 import sys
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -120,17 +121,16 @@ def test_directions_are_of_the_seed() -> None:
 
 
 def test_lambda_max_of_a_known_hessian() -> None:
-    f, x, curvature = case()
-    found = lambda_max(f, x + 0.1, tolerance=1e-10)
+    f, x, _ = case()
+    found = lambda_max(f, x + 0.1, tolerance=1e-5)
     assert found.converged
     assert found.value == pytest.approx(10, rel=1e-6)
-    assert abs(float(found.vector[int(curvature.argmax())])) == pytest.approx(1, abs=1e-3)
 
 
 def test_lambda_max_is_the_largest_even_where_the_most_negative_is_larger() -> None:
     curvature = torch.tensor([-5.0, 2.0, 1.0, -1.0], dtype=torch.float64)
     x = torch.zeros(4, dtype=torch.float64)
-    found = lambda_max(quadratic(curvature, x, 1.0), x, tolerance=1e-12)
+    found = lambda_max(quadratic(curvature, x, 1.0), x, tolerance=1e-5)
     assert found.value == pytest.approx(2, rel=1e-6)
 
 
@@ -144,20 +144,18 @@ def test_lambda_max_where_the_most_negative_is_as_large() -> None:
 
 def test_lambda_max_says_when_it_has_not_converged() -> None:
     f, x, _ = case()
-    found = lambda_max(f, x, tolerance=1e-12, products=3)
+    found = lambda_max(f, x, tolerance=1e-5, products=3)
     assert (found.converged, found.products) == (False, 3)
     assert 0 < found.value < 10, "v·Hv of a unit vector"
-    assert found.vector.norm() == pytest.approx(1)
 
 
 @pytest.mark.parametrize("curvature", [[0.0], [3.0], [-3.0], [0.0] * 30, [-1.0] * 30, [2.0, 2.0]])
-def test_lambda_max_where_arpack_alone_would_not_do(curvature: list[float]) -> None:
+def test_lambda_max_where_few_vectors_span_all(curvature: list[float]) -> None:
     """One weight, a Hessian of zeros, one that is the same in every direction."""
     h = torch.tensor(curvature, dtype=torch.float64)
     found = lambda_max(quadratic(h, 0 * h, 1.0), 0 * h)
     assert found.converged and found.value == pytest.approx(float(h.max()), abs=1e-9)
-    again = lambda_max(quadratic(h, 0 * h, 1.0), 0 * h)
-    assert torch.equal(again.vector, found.vector), "ranks run it in step"
+    assert lambda_max(quadratic(h, 0 * h, 1.0), 0 * h) == found, "ranks run it in step"
 
 
 def test_lambda_max_among_many_that_are_close() -> None:
@@ -300,8 +298,47 @@ def test_lambda_max_of_a_network_is_that_of_its_hessian() -> None:
         x = f.at(state)
         hessian = torch.autograd.functional.hessian(loss, x)
         assert isinstance(hessian, Tensor)
-        found = lambda_max(f, x, tolerance=1e-8)
-    assert found.value == pytest.approx(float(torch.linalg.eigvalsh(hessian)[-1]), rel=1e-5)
+        found = lambda_max(f, x, tolerance=1e-6)
+    assert found.converged and found.value == pytest.approx(
+        float(torch.linalg.eigvalsh(hessian)[-1]), rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_lambda_max_of_relus_is_of_the_hessian_and_not_of_their_kinks(seed: int) -> None:
+    """A step across a kink takes the jump of the gradient for a curvature, ten times too large."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(2000, 8, generator=generator)
+    y = torch.randint(0, 3, (2000,), generator=generator)
+    torch.manual_seed(seed)
+    model = mlp([8, 64, 64, 3])
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model = model.double()
+    weights = list(model.parameters())
+    loss = nn.functional.cross_entropy(model(x.double()), y)
+    gradient = torch.cat(
+        [g.flatten() for g in torch.autograd.grad(loss, weights, create_graph=True)]
+    )
+
+    def product(v: Any) -> Any:
+        along = gradient @ torch.from_numpy(v.copy())
+        pieces = torch.autograd.grad(along, weights, retain_graph=True)
+        return torch.cat([piece.flatten() for piece in pieces]).numpy()
+
+    sparse = import_module("scipy.sparse.linalg")
+    n = len(gradient)
+    hessian = sparse.LinearOperator((n, n), product, dtype="float64")
+    (wanted,) = sparse.eigsh(hessian, 1, which="LA", return_eigenvectors=False, rng=0)
+    with Objective(mlp([8, 64, 64, 3]), nn.CrossEntropyLoss(), [(x, y)], 1) as f:
+        found = lambda_max(f, f.at(state), seed=seed)
+    assert found.converged and found.value == pytest.approx(wanted, rel=1e-4)
+
+
+def test_lambda_max_across_a_kink_is_not_called_converged() -> None:
+    """|x| has no curvature, and at 0 its gradient jumps."""
+    x = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    found = lambda_max(lambda x: (float(x.abs().sum()), x.sign()), x)
+    assert not found.converged
 
 
 def test_running_variances_stay_positive_on_the_line() -> None:
