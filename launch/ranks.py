@@ -16,9 +16,7 @@ import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from headrace.pipeline.attempt import attempt, connect
-from headrace.pipeline.errors import first_line
-
-from .wording import in_yaml
+from headrace.pipeline.errors import first_line, told
 
 __all__ = [
     "check_stages",
@@ -120,7 +118,7 @@ def refuse_error(error: Exception, code: int = 2) -> NoReturn:
     if getattr(error, "headrace_reported", False):
         sys.stdout.flush()
         os._exit(code)  # the backend's threads may still wait, so Python must not end by itself
-    refuse(in_yaml(str(error)), code)
+    refuse(told(error), code)
 
 
 def stop(number: int, frame: FrameType | None) -> None:

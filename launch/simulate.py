@@ -29,13 +29,14 @@ from .simulation.picture import draw
 from .simulation.plan import DEFAULT, Case, Grid, plan, read_variants
 from .simulation.results import Row, best, results_table, write_csv, write_json
 from .simulation.side_by_side import outcomes
-from .wording import in_yaml
+from .wording import engine_in_yaml, in_yaml
 
 __all__ = ["main"]
 
 _T = TypeVar("_T", int, float)
 
 
+@engine_in_yaml()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and simulate; ends the process with 2 where that cannot be done."""
     given = sys.argv[1:] if arguments is None else list(arguments)

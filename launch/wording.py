@@ -23,13 +23,14 @@ _KEYS |= {name: name for name in ("optimizer", "scheduler", "beside", "address")
 _KEYS |= {name: f"pipeline.{name}" for name in _OPTIONS.split("|")}
 
 _WORDS = {"None": "null", "True": "true", "False": "false"}
+_WORD = re.compile(r"(?<![\w./\\-])(None|True|False)(?![\w/\\-]|\.\w)")  # no part of a path
 
 _IMPORT = re.compile(r",? with from headrace\.[\w.]+ import \w+")
 _CALL = re.compile(
     r"\b(Delayed|Exact|Synthetic|Local|Allreduce|Hogwild|Downpour|Elastic|LearningRate)"
     r"\(([^()]*)\)"
 )
-_ARGUMENT = re.compile(rf"(?<![\w.])({'|'.join(_KEYS)})=(?=(\S)?)")
+_ARGUMENT = re.compile(rf"(?<![\w./])({'|'.join(_KEYS)})=(?=(\S)?)")
 _FIRST_ARGUMENT = {"delayed": "weights", "learning_rate": "factor"}
 # "slack=-1: give …": what is wrong comes first, by its value.
 _VALUE = r"(?:\[[^\]]*\]|\([^)]*\)|'[^']*'|[^\s:]+)"
@@ -43,7 +44,7 @@ def in_yaml(text: str) -> str:
     text = _CALL.sub(_component, _IMPORT.sub("", text))
     text = _FIRST.sub(lambda found: f"{_KEYS[found[1]]} is ", text)
     text = _ARGUMENT.sub(_key, text)
-    return re.sub(r"\b(None|True|False)\b", lambda found: _WORDS[found[0]], text)
+    return _WORD.sub(lambda found: _WORDS[found[0]], text)
 
 
 @contextmanager

@@ -1,7 +1,9 @@
 """The errors of our own, and the words in which they are told."""
 
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 __all__ = ["InputError", "NonFiniteError", "first_line", "told", "told_in"]
 
@@ -37,8 +39,19 @@ def told_in(words: Callable[[str], str]) -> Iterator[None]:
 
 
 def told(error: Exception) -> str:
-    """What it says, in the words of whoever drives the pipeline."""
-    return _words[-1](str(error))
+    """What it says, in the words of whoever drives the pipeline; what it quotes of a user's error
+    stays as it is.
+    """
+    words, text, cause = _words[-1], str(error), error.__cause__
+    theirs = first_line(cause) if cause is not None and not _is_ours(cause) else ""
+    before, theirs, after = text.partition(theirs) if theirs else (text, "", "")
+    return words(before) + theirs + words(after)
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether it was raised in this package."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and Path(frames[-1].filename).is_relative_to(Path(__file__).parent)
 
 
 def first_line(error: BaseException) -> str:

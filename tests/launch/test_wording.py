@@ -8,6 +8,7 @@ import pytest
 import headrace.pipeline
 from headrace.launch.config import parse
 from headrace.launch.wording import engine_in_yaml, in_yaml
+from headrace.pipeline.errors import InputError, told
 
 
 @pytest.mark.parametrize(
@@ -44,6 +45,8 @@ from headrace.launch.wording import engine_in_yaml, in_yaml
         ("pipeline.rule: weights='x': write one", "pipeline.rule: weights='x': write one"),
         ("the loader gave no mini-batch", "the loader gave no mini-batch"),
         ("reduction='mean', my_stages=3", "reduction='mean', my_stages=3"),
+        ("there is no runs/None", "there is no runs/None"),
+        ("True/timeout=5.yaml: no such file", "True/timeout=5.yaml: no such file"),
     ],
 )  # fmt: skip
 def test_keys_for_arguments(python: str, yaml: str) -> None:
@@ -65,6 +68,18 @@ def test_what_the_engine_warns_of_is_in_keys_and_what_others_do_as_it_is() -> No
     assert ours == "headrace: warning: torn; write pipeline.rule: exact\n"
     assert others == say(text, UserWarning, "other.py", 1, "")
     assert warnings.formatwarning is say
+
+
+def test_what_is_quoted_of_a_users_error_is_as_he_wrote_it() -> None:
+    theirs = "rule=None: give True, or timeout=5"
+    try:
+        raise InputError(
+            f"layer '4' takes no x: {theirs}; write stages=2, or None"
+        ) from ValueError(theirs)
+    except InputError as error:
+        with engine_in_yaml():
+            assert told(error) == f"layer '4' takes no x: {theirs}; write stages: 2, or null"
+        assert told(error) == str(error)
 
 
 @pytest.mark.parametrize("key", list(ADVICE))
