@@ -1,5 +1,6 @@
 """Learning-rate schedulers by the parameter groups whose rates they set, on whatever cut."""
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -79,7 +80,7 @@ def _load(scheduler: LRScheduler, homes: Sequence[Home | None]) -> None:
         own = scheduler.state_dict()
         state = _gathered(own, [home and (home[0]["state"], home[1]) for home in homes])
         check_alike(f"schedulers/{kind}", own, state)
-        scheduler.load_state_dict(state)
+        scheduler.load_state_dict(copy.deepcopy(state))  # more than one may come from a home
 
 
 def _gathered(own: Mapping[str, Any], homes: Sequence[Home | None]) -> dict[str, Any]:
