@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from ..stateful import put
 from .checkpoint import CheckpointError
-from .schema import check_alike, check_moments
+from .schema import check_alike, check_moments, check_rates
 
 __all__ = ["load_optimizers", "optimizer_states"]
 
@@ -99,6 +99,7 @@ def _load(
         theirs = homes[own[0]][1] if own else {}
         kept = {key: value for key, value in group.items() if key not in OWN}
         check_alike(f"optimizers/{kind}/groups/{k}", kept, theirs)
+        check_rates(f"optimizers/{kind}/groups/{k}", theirs)
         kept |= {key: value for key, value in theirs.items() if key not in OWN}
         groups.append(kept | {"params": [*range(number, number + len(own))]})
         if "param_names" in group:
