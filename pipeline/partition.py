@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate, pairwise
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .layers import named_layers
@@ -78,7 +78,8 @@ def check_model(model: nn.Module, stages: int) -> None:
     """Refuse a model that cannot be cut into so many stages.
 
     Raises:
-        TypeError: it is no nn.Sequential, or one with a forward of its own.
+        TypeError: it is no nn.Sequential, or one with a forward of its own, or a layer keeps what
+            is no tensor in its `state_dict`.
         ValueError: it has fewer layers than there are stages, or lazy ones.
     """
     if not isinstance(model, nn.Sequential):
@@ -99,11 +100,22 @@ def check_model(model: nn.Module, stages: int) -> None:
             f"stage{'s' * (stages > 1)}, the layers being {names or 'none'}: "
             "take fewer stages, or write a large layer as several"
         )
+    _check_weights(model)
+
+
+def _check_weights(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if is_lazy(parameter):
             raise ValueError(
                 f"{name!r} has no shape yet, its layer being lazy: run the model once on a sample, "
                 "or give the layer its sizes"
+            )
+    for name, value in model.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"{name!r} in the model's state_dict() is a {type(value).__name__}, and between "
+                "stages and into checkpoints only tensors go: let that layer's get_extra_state() "
+                "give a tensor, or leave it out"
             )
 
 

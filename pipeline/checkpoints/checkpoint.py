@@ -140,7 +140,8 @@ class Checkpoint:
             files = {str(name): _entry(each) for name, each in manifest["files"].items()}
             depths = _depths(manifest["depths"], len(layers))
             kinds, notes = dict(manifest["kinds"]), dict(manifest["notes"])
-            replicas, made = whole("replicas", manifest["replicas"]), float(manifest["made"])
+            replicas = whole("replicas", manifest["replicas"], least=1)
+            made = float(manifest["made"])
             return cls(folder, position, layers, replicas, depths, kinds, notes, made, files)
         except CheckpointError:
             raise

@@ -25,7 +25,9 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> Entry:
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     try:
-        save_file(dict(tensors), file, metadata={"format": "pt"})
+        # A weight may lie as channels_last does: what it is read into keeps its own order.
+        rows = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(rows, file, metadata={"format": "pt"})
     except SafetensorError as error:
         raise OSError(f"{file}: {error}") from error
     return _finish(file)

@@ -4,9 +4,10 @@ from collections import Counter, deque
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
-__all__ = ["check_alike", "check_moments", "check_sums", "whole"]
+__all__ = ["check_alike", "check_moments", "check_rates", "check_sums", "whole"]
 
 MOST = 1 << 53
 """Numbers ride with messages as float64, which counts up to here."""
@@ -15,14 +16,20 @@ MOMENTS = ("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 """What torch's optimizers keep of a weight's own shape."""
 
 
-def whole(name: str, value: Any) -> int:
-    """A whole number of at least 0.
+RATES = ("lr", "initial_lr", "momentum", "weight_decay", "eps")
+"""What torch's optimizers multiply with: an overflow would end training in their midst."""
+
+LARGEST = torch.finfo(torch.float32).max
+
+
+def whole(name: str, value: Any, least: int = 0) -> int:
+    """A whole number of at least 0, or as told.
 
     Raises:
         ValueError: it is none, or more than is ever counted to.
     """
-    if type(value) is not int or not 0 <= value <= MOST:
-        raise ValueError(f"{name} is {_shown(value)}, and is to be a whole number >= 0")
+    if type(value) is not int or not least <= value <= MOST:
+        raise ValueError(f"{name} is {_shown(value)}, and is to be a whole number >= {least}")
     return value
 
 
@@ -69,6 +76,21 @@ def _check_leaf(place: str, now: Any, saved: Any) -> None:
         _require(place, saved, int | float | Tensor, "a number")
     elif isinstance(now, Tensor):
         _require(place, saved, Tensor | None, "a tensor")
+
+
+def check_rates(place: str, group: Mapping[str, Any]) -> None:
+    """Refuse a group of an optimizer that no optimizer can have; a schedule that goes on past its
+    end may have come to a rate below 0.
+
+    Raises:
+        ValueError: with its place.
+    """
+    for name in RATES:
+        least = -LARGEST if name in ("lr", "initial_lr") else 0.0
+        value = group.get(name)
+        if isinstance(value, int | float | Tensor) and not least <= float(value) <= LARGEST:
+            what = "a finite number" if least else "a finite number >= 0"
+            raise ValueError(f"{place}/{name} is {_shown(value)}, and is to be {what}")
 
 
 def check_moments(place: str, weight: Tensor, saved: Any) -> None:

@@ -15,8 +15,8 @@ from ..corrections.basis_rotation import straighten
 from ..gradient import Gradient
 from ..random_state import RandomState
 from ..stateful import get, put
-from .checkpoint import CheckpointError
 from .optimizers import load_optimizers, optimizer_states
+from .schedulers import load_schedulers, scheduler_states
 from .schema import check_alike, check_sums
 
 if TYPE_CHECKING:
@@ -37,9 +37,7 @@ def collect(engine: "Engine") -> dict[str, Any]:
     assert not stage.flights, "nothing may be in flight"
     return {
         "optimizers": optimizer_states(stage.optimizers, stage.owned),
-        "schedulers": [
-            {"kind": type(each).__name__, "state": each.state_dict()} for each in stage.schedulers
-        ],
+        "schedulers": scheduler_states(stage.schedulers),
         "counts": {name: getattr(stage, name) for name in COUNTS},
         "own": {name: get(getattr(stage, name)) for name in OWN},
         "turned": [k for k, each in enumerate(stage.kit.corrections) if each.turns_moments],
@@ -118,21 +116,7 @@ def _straightened(saved: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _restore_optimizers(stage: "Stage", saved: Sequence[Mapping[str, Any]]) -> None:
     load_optimizers(stage.optimizers, stage.owned, [each["optimizers"] for each in saved])
-    theirs = max((each["schedulers"] for each in saved), key=len)
-    kinds = [type(scheduler).__name__ for scheduler in stage.schedulers]
-    if stage.optimizers and kinds != [each["kind"] for each in theirs][: len(kinds) or None]:
-        before = ", ".join(each["kind"] for each in theirs) or "none"
-        served = "" if kinds and theirs else " (parameter servers keep theirs to themselves)"
-        raise CheckpointError(
-            f"the checkpoint has the learning-rate scheduler {before}, and this pipeline "
-            f"{', '.join(kinds) or 'none'}{served}: go on as it was saved, or load its weights "
-            "alone: load_state_dict(load_weights(…))"
-        )
-    for scheduler, each in zip(stage.schedulers, theirs, strict=False):
-        kind = type(scheduler).__name__
-        check_alike(f"schedulers/{kind}", scheduler.state_dict(), each["state"])
-        own = {"base_lrs": scheduler.base_lrs} if len(saved) > 1 else {}
-        scheduler.load_state_dict({**each["state"], **own})
+    load_schedulers(stage.schedulers, stage.optimizers, stage.owned, saved)
 
 
 def _check_gradient(stage: "Stage", saved: Mapping[str, Any]) -> None:

@@ -148,6 +148,23 @@ def test_a_lazy_layer_is_refused() -> None:
         check_model(nn.Sequential(nn.LazyLinear(3)), 1)
 
 
+def test_a_layer_that_keeps_no_tensor_is_refused() -> None:
+    """It ended a training at the first save, with an AttributeError."""
+
+    class Counting(nn.Identity):
+        def __init__(self, extra: object) -> None:
+            super().__init__()
+            self.extra = extra
+
+        def get_extra_state(self) -> Any:
+            return self.extra
+
+    check_model(nn.Sequential(Counting(torch.zeros(2))), 1)
+    text = r"'1\.0\._extra_state' in the model's state_dict\(\) is a dict, .* give a tensor, or"
+    with pytest.raises(TypeError, match=text):
+        check_model(nn.Sequential(nn.Linear(1, 1), nn.Sequential(Counting({"seen": 3}))), 1)
+
+
 class Table(nn.Module):
     def __init__(self, table: Tensor) -> None:
         super().__init__()

@@ -67,6 +67,27 @@ def test_persistent_workers(tmp_path: Path, measures: bool) -> None:
         assert_same(run(2 + k, start), whole)
 
 
+def test_weights_that_lie_as_channels_last(tmp_path: Path) -> None:
+    """They could not be written. What is computed with them depends on how they lie."""
+    data = [(torch.randn(4, 3, 6, 6), torch.randn(4, 5)) for _ in range(6)]
+
+    def run(seed: int, start: Path | None) -> dict[str, Tensor]:
+        torch.manual_seed(seed)
+        net = nn.Sequential(
+            nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(32, 5)
+        ).to(memory_format=torch.channels_last)
+        with Pipeline(net, nn.MSELoss(), momentum, stages=2, balance=[2, 3]) as pipe:
+            if start is not None:
+                pipe.load(start)
+            pipe.train(data, checkpoints=Checkpoints(tmp_path / str(seed), 3, keep=9))
+            weights = pipe.state_dict()
+        assert not net[2].weight.is_contiguous(), "as it lay before"
+        return weights
+
+    whole = run(1, None)
+    assert_same(run(2, tmp_path / "1/step-00000003"), whole)
+
+
 LOADERS: dict[str, Callable[[], Iterable[Any]]] = {
     "loader": lambda: make_loader(3),
     "generator": lambda: (batch for batch in make_loader(3)),
