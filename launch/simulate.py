@@ -15,7 +15,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from headrace.pipeline.errors import InputError
 
@@ -63,13 +63,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     name = cases[0].configs[0].name
     folder = new_folder(Path("runs"), f"{name}-simulation")
     (folder / "config.yaml").write_text(to_yaml(cases[0].configs[0]), encoding="utf-8")
-    apart = differences(rows)
-    about = {
-        "command": ["python", "-m", "headrace.launch.simulate", *given],
-        "differences": [asdict(each) for each in apart],
-    }
+    about: dict[str, Any] = {"command": ["python", "-m", "headrace.launch.simulate", *given]}
+    # First of all: the runs took hours, and nothing that comes next may lose them.
     write_json(folder / "results.json", rows, about)
     write_csv(folder / "results.csv", rows)
+    apart = differences(rows)
+    about["differences"] = [asdict(each) for each in apart]
+    write_json(folder / "results.json", rows, about)
     seeds = f"{grid.seeds} seeds, mean ± standard deviation" if grid.seeds > 1 else "one seed"
     draw(rows, folder / "curves", f"{name}: {seeds}")
     out = console()

@@ -79,7 +79,10 @@ def differences(rows: Sequence[Row]) -> list[Difference]:
         for row in others:
             if len(row.outcomes) != seeds or seeds < 2:
                 continue
-            for name in reference.outcomes[0].scores:
+            shared = (
+                name for name in reference.outcomes[0].scores if name in row.outcomes[0].scores
+            )
+            for name in shared:
                 a, b = ([o.scores[name] for o in each.outcomes] for each in (row, reference))
                 variants = row.case.variant, reference.case.variant
                 found.append(Difference(column, *variants, name, *difference(a, b)))
@@ -98,7 +101,9 @@ def differences_table(found: Sequence[Difference]) -> Table:
         own = {e.score: e for e in found if (e.stages, e.variant) == (stages, variant)}
         cells = [
             f"{e.mean:+.4f} ({e.mean - e.half:+.4f} to {e.mean + e.half:+.4f})"
-            for e in (own[name] for name in names)
+            if (e := own.get(name))
+            else ""
+            for name in names
         ]
         table.add_row(str(stages), variant, *cells)
     return table

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..display import count
 from ..plotting import clean, import_pyplot, save
-from .results import Row, best, smooth, spread
+from .results import Row, best, loss_title, smooth, spread
 
 __all__ = ["draw"]
 
@@ -113,8 +113,7 @@ def _ends(ax: Any, rows: Sequence[Row], columns: Sequence[int], colours: dict[st
     ax.set_xticks(columns, [str(column) for column in columns])
     ax.minorticks_off()
     ax.set_xlabel("stages")
-    tested = rows[0].case.configs[0].data.test is not None
-    _dress(ax, "at the end", "test loss" if tested else "training loss")
+    _dress(ax, "at the end", loss_title(rows))
 
 
 def _dress(ax: Any, title: str, ylabel: str) -> None:

@@ -20,6 +20,7 @@ from .run import Outcome
 __all__ = [
     "Row",
     "best",
+    "loss_title",
     "results_table",
     "smooth",
     "spread",
@@ -40,6 +41,11 @@ class Row:
     def finished(self) -> list[Outcome]:
         """Those that did not diverge."""
         return [outcome for outcome in self.outcomes if outcome.diverged is None]
+
+    @property
+    def tested(self) -> bool:
+        """Whether its scores are of test data, not the last epoch's training loss."""
+        return self.case.configs[0].data.test is not None
 
     @property
     def loss(self) -> float:
@@ -120,7 +126,7 @@ def results_table(rows: Sequence[Row], until: float | None = None) -> Table:
     if rates:
         table.add_column("rate", justify="right")
     for name in names or ["loss"]:
-        table.add_column(name if name != "loss" else _loss_title(rows), justify="right")
+        table.add_column(name if name != "loss" else loss_title(rows), justify="right")
     for title in ("staleness", "updates", *([f"to {until:g}"] if until else []), "time"):
         table.add_column(title, justify="right")
     columns = sorted({column for row in rows for column in row.case.columns})
@@ -140,8 +146,12 @@ def results_table(rows: Sequence[Row], until: float | None = None) -> Table:
     return table
 
 
-def _loss_title(rows: Sequence[Row]) -> str:
-    return "test loss" if rows[0].case.configs[0].data.test is not None else "train loss"
+def loss_title(rows: Sequence[Row]) -> str:
+    """Of what data the losses at the end are."""
+    tested = {row.tested for row in rows}
+    if len(tested) > 1:
+        return "test or training loss"
+    return "test loss" if tested == {True} else "training loss"
 
 
 def _scores(row: Row, names: Sequence[str]) -> list[str]:
@@ -150,6 +160,9 @@ def _scores(row: Row, names: Sequence[str]) -> list[str]:
         return ["diverged", *[""] * (len(names) - 1)]
     cells = []
     for name in names:
+        if name not in row.finished[0].scores:
+            cells.append("")
+            continue
         mean, deviation = spread([outcome.scores[name] for outcome in row.finished])
         cells.append(f"{mean:.4f}" + (f" ± {deviation:.4f}" if deviation is not None else ""))
     if lost:

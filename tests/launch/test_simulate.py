@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -18,7 +18,7 @@ import torch
 from torch.nn.utils import parameters_to_vector
 
 from headrace.launch.assemble import make_corrections
-from headrace.launch.config import parse
+from headrace.launch.config import Config, parse
 from headrace.launch.simulate import main
 from headrace.launch.simulation import side_by_side
 from headrace.launch.simulation.differences import difference, differences
@@ -115,6 +115,64 @@ def test_the_whole_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> 
         lines = list(csv.DictReader(file))
     assert [line["diverged"] for line in lines] == [str(r["diverged"] is not None) for r in runs]
     assert float(lines[2]["loss"]) == runs[2]["scores"]["loss"]
+
+
+def made_up(monkeypatch: pytest.MonkeyPatch, end: Callable[[Config], Outcome]) -> None:
+    """Nothing trains: this is what becomes of each run. Nor is anything drawn."""
+
+    def outcomes(configs: Sequence[Config], _: int) -> Generator[Outcome]:
+        yield from map(end, configs)
+
+    monkeypatch.setattr("headrace.launch.simulate.outcomes", outcomes)
+    monkeypatch.setattr("headrace.launch.simulate.draw", lambda *_: [])
+
+
+def ended(loss: float, **more: float) -> Outcome:
+    """One that did not diverge."""
+    return Outcome(None, {"loss": loss, **more}, (0.0,), 20, 0.1, ((10, 2.0), (20, 1.0)), "x")
+
+
+BARE = "a: {}\nbare: {metrics: []}\nuntested: {data.test: null}\n"
+
+
+@pytest.mark.parametrize("lines", [[0, 1, 2], [2, 1, 0]])
+def test_variants_whose_scores_differ(
+    lines: list[int],
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All runs were lost to a KeyError, after the last had ended."""
+    text = BARE.splitlines()
+    (folder / "bare.yaml").write_text("\n".join(text[k] for k in lines))
+    accuracy = {"accuracy": 0.5}
+    made_up(
+        monkeypatch,
+        lambda config: ended(
+            1.0 + config.seed, **(accuracy if config.metrics and config.data.test else {})
+        ),
+    )
+    main(["--config", "tiny.yaml", "--stages", "2", "--variants", "bare.yaml", "--seeds", "2"])
+    out = capsys.readouterr().out
+    assert " test or training loss " in out
+    pair, rest = r"1\.5000 ± 0\.7071", r" +0\.00 +20 +0\.1 s *$"
+    assert re.search(rf"^ +2 +a +{pair} +0\.5000 ± 0\.0000{rest}", out, re.MULTILINE)
+    for name in ("bare", "untested"):
+        assert re.search(rf"^ +2 +{name} +{pair}{rest}", out, re.MULTILINE), "an empty cell"
+    results = json.loads((folder / "runs/tiny-simulation/results.json").read_text())
+    assert {each["score"] for each in results["differences"]} == {"loss"}
+
+
+def test_results_are_written_before_they_are_compared(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made_up(monkeypatch, lambda config: ended(1.0))
+    monkeypatch.setattr("headrace.launch.simulate.differences", lambda rows: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["--config", "tiny.yaml", "--stages", "2"])
+    written = folder / "runs/tiny-simulation"
+    assert len(json.loads((written / "results.json").read_text())["runs"]) == len(DEFAULT)
+    assert len((written / "results.csv").read_text().splitlines()) == 1 + len(DEFAULT)
 
 
 def pool_of(parent: int) -> set[int]:
