@@ -24,7 +24,7 @@ from .display import console, count, duration, print_table
 from .plotting import import_pyplot
 from .ranks import processes, refuse_error, stop
 from .run_files import check_folder, new_folder
-from .simulation.differences import differences, differences_table, import_special
+from .simulation.differences import differences, differences_table, import_special, left_out
 from .simulation.picture import draw
 from .simulation.plan import DEFAULT, Case, Grid, plan, read_variants
 from .simulation.results import Row, best, results_table, write_csv, write_json
@@ -77,13 +77,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print_table(results_table(rows, own.until))
     if apart:
         print_table(differences_table(apart))
-    out.print(_legend(rows, seeds))
+    out.print(_legend(rows, seeds, compared=bool(apart)))
     out.print(f"files      {folder}: curves.png, results.csv, results.json")
 
 
-def _legend(rows: Sequence[Row], seeds: str) -> str:
+def _legend(rows: Sequence[Row], seeds: str, *, compared: bool) -> str:
     lines = [f"{seeds}; staleness of the first stage; time over that of one stage"]
-    if len(rows[0].case.configs) > 1:
+    if compared:
         lines.append("differences are paired by seed; the interval of their mean is Student's")
     if any(row.case.rate is not None for row in rows):
         lines.append("* each variant's best rate, which the picture shows")
@@ -93,6 +93,7 @@ def _legend(rows: Sequence[Row], seeds: str) -> str:
                 where = f"{row.case.variant}, {count(row.case.stages, 'stage')}"
                 lines.append(f"diverged: {where}, seed {config.seed}: {in_yaml(outcome.diverged)}")
                 break
+    lines += [f"not compared: {words}" for words in left_out(rows)]
     return "\n".join(lines) + "\n"
 
 

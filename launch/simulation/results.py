@@ -43,6 +43,11 @@ class Row:
         return [outcome for outcome in self.outcomes if outcome.diverged is None]
 
     @property
+    def lost(self) -> int:
+        """How many diverged."""
+        return len(self.outcomes) - len(self.finished)
+
+    @property
     def tested(self) -> bool:
         """Whether its scores are of test data, not the last epoch's training loss."""
         return self.case.configs[0].data.test is not None
@@ -50,7 +55,7 @@ class Row:
     @property
     def loss(self) -> float:
         """The mean over all seeds; infinite if one diverged."""
-        if len(self.finished) < len(self.outcomes):
+        if self.lost:
             return float("inf")
         return statistics.mean(outcome.scores["loss"] for outcome in self.outcomes)
 
@@ -79,7 +84,8 @@ def smooth(curve: Sequence[tuple[int, float]], points: int) -> list[tuple[float,
 def best(rows: Sequence[Row], column: int) -> dict[str, Row]:
     """Each variant's row of the lowest loss, under one number of stages.
 
-    Rows of fewer seeds are those that were not chosen on the first one (`--tune`).
+    Rows of fewer seeds are those that were not chosen on the first one (`--tune`): what was chosen
+    stays so, though it may diverge on a later one.
     """
     found: dict[str, Row] = {}
     for row in rows:
@@ -89,8 +95,8 @@ def best(rows: Sequence[Row], column: int) -> dict[str, Row]:
     return found
 
 
-def _rank(row: Row) -> tuple[bool, int, float]:
-    return math.isinf(row.loss), -len(row.outcomes), row.loss
+def _rank(row: Row) -> tuple[int, float]:
+    return -len(row.outcomes), row.loss
 
 
 def _reference(rows: Sequence[Row], row: Row) -> Row | None:
@@ -155,7 +161,6 @@ def loss_title(rows: Sequence[Row]) -> str:
 
 
 def _scores(row: Row, names: Sequence[str]) -> list[str]:
-    lost = len(row.outcomes) - len(row.finished)
     if not row.finished:
         return ["diverged", *[""] * (len(names) - 1)]
     cells = []
@@ -165,8 +170,8 @@ def _scores(row: Row, names: Sequence[str]) -> list[str]:
             continue
         mean, deviation = spread([outcome.scores[name] for outcome in row.finished])
         cells.append(f"{mean:.4f}" + (f" ± {deviation:.4f}" if deviation is not None else ""))
-    if lost:
-        cells[0] += f", {lost} of {len(row.outcomes)} diverged"
+    if row.lost:
+        cells[0] += f", {row.lost} of {len(row.outcomes)} diverged"
     return cells
 
 

@@ -48,6 +48,8 @@ stash: {}
 hot: {optimizer.init_args.lr: 1e30}
 """
 
+TWO = "no delay: {stages: 1}\nstash: {}\n"
+
 DEEP = """\
 model: {class_path: gpt, init_args: {vocabulary: 97, context: 8, blocks: 2, width: 8, heads: 2}}
 loss: TokenCrossEntropy
@@ -61,7 +63,7 @@ data:
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Each test runs in a folder of its own, with the files above."""
     monkeypatch.chdir(tmp_path)
-    for name, text in (("tiny", CONFIG), ("variants", VARIANTS), ("deep", DEEP)):
+    for name, text in (("tiny", CONFIG), ("variants", VARIANTS), ("deep", DEEP), ("two", TWO)):
         (tmp_path / f"{name}.yaml").write_text(text)
     handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
     yield tmp_path
@@ -135,7 +137,7 @@ def ended(loss: float, **more: float) -> Outcome:
 BARE = "a: {}\nbare: {metrics: []}\nuntested: {data.test: null}\n"
 
 
-@pytest.mark.parametrize("lines", [[0, 1, 2], [2, 1, 0]])
+@pytest.mark.parametrize("lines", [[0, 1, 2], [1, 0, 2]])
 def test_variants_whose_scores_differ(
     lines: list[int],
     folder: Path,
@@ -160,7 +162,63 @@ def test_variants_whose_scores_differ(
     for name in ("bare", "untested"):
         assert re.search(rf"^ +2 +{name} +{pair}{rest}", out, re.MULTILINE), "an empty cell"
     results = json.loads((folder / "runs/tiny-simulation/results.json").read_text())
-    assert {each["score"] for each in results["differences"]} == {"loss"}
+    (only,) = results["differences"]
+    assert (only["score"], {only["variant"], only["less"]}) == ("loss", {"a", "bare"})
+
+
+def table(out: str) -> list[list[str]]:
+    """The cells of each row of the first table, without those of time."""
+    lines = out.split("─ \n")[1].splitlines()
+    return [re.split(r" {2,}", line.strip())[:-3] for line in lines if re.match(r" +\d", line)]
+
+
+@pytest.mark.parametrize("unlucky", [1, 2])
+def test_what_was_tuned_stays_chosen_where_a_later_seed_diverges(
+    unlucky: int,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The star used to move to a rate that nobody chose, and that ran with one seed."""
+
+    def end(config: Config) -> Outcome:
+        rate = config.optimizer.init_args["lr"]
+        if config.seed == 2 and rate == 0.1 and config.stages == unlucky:
+            return Outcome("it blew up", updates=3)
+        return ended({0.01: 2.0, 0.1: 1.0}[rate])
+
+    made_up(monkeypatch, end)
+    command = "--config tiny.yaml --stages 2 --variants two.yaml --seeds 3 --rates 0.01,0.1 --tune"
+    main(command.split())
+    out = capsys.readouterr().out
+    whole, part = "1.0000 ± 0.0000", "1.0000 ± 0.0000, 1 of 3 diverged"
+    assert table(out) == [
+        ["1", "no delay", "0.01", "2.0000"],
+        ["1", "no delay", "* 0.1", part if unlucky == 1 else whole],
+        ["2", "stash", "0.01", "2.0000"],
+        ["2", "stash", "* 0.1", part if unlucky == 2 else whole],
+    ]
+    who = {1: "all: no delay diverged", 2: "stash: diverged"}[unlucky]
+    assert f"\nnot compared: 2 stages, {who} with 1 of 3 seeds\n" in out
+    assert "paired" not in out, "nothing is left to compare"
+
+
+def test_variants_that_cannot_be_compared(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "odd.yaml").write_text("a: {}\nb: {}\nc: {seed: 3}\nd: {data.test: null}\n")
+    made_up(monkeypatch, lambda config: ended(1.0))
+    main(["--config", "tiny.yaml", "--stages", "2", "--variants", "odd.yaml", "--seeds", "2"])
+    assert capsys.readouterr().out.splitlines()[-5:-1] == [
+        "differences are paired by seed; the interval of their mean is Student's",
+        "not compared: 2 stages, c: its seeds are 3, 4, and those of a 0, 1",
+        "not compared: 2 stages, d: its loss is of training data, and that of a of test data",
+        "",
+    ]
+    (folder / "one.yaml").write_text("a: {}\n")
+    main(["--config", "tiny.yaml", "--stages", "2", "--variants", "one.yaml", "--seeds", "2"])
+    assert "compared" not in (out := capsys.readouterr().out) and "paired" not in out
+    main(["--config", "tiny.yaml", "--stages", "2", "--variants", "odd.yaml"])
+    assert "compared" not in capsys.readouterr().out, "one seed has no spread"
 
 
 def test_results_are_written_before_they_are_compared(
@@ -291,7 +349,9 @@ def test_means_are_over_those_that_finished() -> None:
         Row(Case("a", (2,), 0.1, (config,) * 3), (good, bad, good)),
         Row(Case("a", (2,), 0.2, (config,)), (Outcome(None, {"loss": 3.0}, (1.0, 0.0)),)),
     ]
-    assert best(rows, 2)["a"] is rows[1], "a rate at which a seed diverges is not the best"
+    other = Row(Case("a", (2,), 0.2, (config,) * 3), rows[1].outcomes * 3)
+    assert best([rows[0], other], 2)["a"] is other, "a rate with which a seed diverges is not best"
+    assert best(rows, 2)["a"] is rows[0], "but what was tuned on the first seed stays chosen"
     cells = [[str(cell) for cell in column.cells] for column in results_table(rows).columns]
     assert cells[3] == ["2.0000 ± 0.0000, 1 of 3 diverged", "3.0000"]
 
