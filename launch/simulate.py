@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from headrace.pipeline.errors import InputError
 
-from .config import to_yaml
+from .config import Config, to_yaml
 from .display import console, count, duration, print_table
 from .plotting import import_pyplot
 from .ranks import processes, refuse_error, stop
@@ -90,11 +90,16 @@ def _legend(rows: Sequence[Row], seeds: str, *, compared: bool) -> str:
     for row in rows:
         for config, outcome in zip(row.case.configs, row.outcomes, strict=True):
             if outcome.diverged is not None:
-                where = f"{row.case.variant}, {count(row.case.stages, 'stage')}"
-                lines.append(f"diverged: {where}, seed {config.seed}: {in_yaml(outcome.diverged)}")
+                where = f"{count(row.case.stages, 'stage')}, {_what(row.case, config)}"
+                lines.append(f"diverged: {where}: {in_yaml(outcome.diverged)}")
                 break
     lines += [f"not compared: {words}" for words in left_out(rows)]
     return "\n".join(lines) + "\n"
+
+
+def _what(case: Case, config: Config) -> str:
+    rate = "" if case.rate is None else f", rate {case.rate:g}"
+    return f"{case.variant}{rate}, seed {config.seed}"
 
 
 def _run(cases: Sequence[Case], workers: int) -> list[Row]:
@@ -104,10 +109,9 @@ def _run(cases: Sequence[Case], workers: int) -> list[Row]:
     with closing(outcomes([config for _, config in runs], workers)) as ended:
         for k, outcome in enumerate(ended):
             case, config = runs[k]
-            rate = "" if case.rate is None else f", rate {case.rate:g}"
             end = "diverged" if outcome.diverged else f"loss {outcome.scores['loss']:.4f}"
             stages = f"{count(case.stages, 'stage'):>10}"
-            what = f"{stages}  {case.variant}{rate}, seed {config.seed}"
+            what = f"{stages}  {_what(case, config)}"
             out.print(f"{k + 1:>{len(str(len(runs)))}}/{len(runs)} {what}: {end}, "
                       f"{duration(outcome.seconds)}", soft_wrap=True)  # fmt: skip
             done.append(outcome)

@@ -96,7 +96,7 @@ def test_the_whole_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert re.match(rf"{number} +{number} +0\.95 +20 +\d+\.\d\dx", table[2, "stash"])
     assert re.match(rf"{number} +{number} +0\.00 +20 +\d+\.\d s", table[1, "no delay"])
     assert table[3, "hot"].startswith("diverged ")
-    assert "diverged: hot, 2 stages, seed 0: stage " in out
+    assert "diverged: 2 stages, hot, seed 0: stage " in out
     interval = r"[+-]\d\.\d{4} \([+-]\d\.\d{4} to [+-]\d\.\d{4}\)"
     rows = re.findall(rf"^ +(\d) +(\w+) +{interval} +{interval} *$", below, re.MULTILINE)
     assert rows == [("2", "stash"), ("3", "stash")], "what diverges has none"
@@ -197,9 +197,13 @@ def test_what_was_tuned_stays_chosen_where_a_later_seed_diverges(
         ["2", "stash", "0.01", "2.0000"],
         ["2", "stash", "* 0.1", part if unlucky == 2 else whole],
     ]
-    who = {1: "all: no delay diverged", 2: "stash: diverged"}[unlucky]
-    assert f"\nnot compared: 2 stages, {who} with 1 of 3 seeds\n" in out
+    who = {
+        1: ("1 stage, no delay", "all: no delay diverged"),
+        2: ("2 stages, stash", "stash: diverged"),
+    }[unlucky]
+    assert f"\nnot compared: 2 stages, {who[1]} with 1 of 3 seeds\n" in out
     assert "paired" not in out, "nothing is left to compare"
+    assert f"\ndiverged: {who[0]}, rate 0.1, seed 2: it blew up\n" in out
 
 
 def test_variants_that_cannot_be_compared(
