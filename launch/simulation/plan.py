@@ -115,7 +115,7 @@ def plan(arguments: Sequence[str], grid: Grid) -> list[Case]:
     if grid.scale_depth is not None:
         _check_depth(base, grid.scale_depth)
     cases: dict[tuple[str, float | None, str], Case] = {}
-    for count in grid.stages:
+    for count in sorted(grid.stages):
         for variant, changes in grid.variants.items():
             for rate in grid.rates or (None,):
                 try:

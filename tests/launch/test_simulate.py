@@ -336,6 +336,7 @@ def test_depth_follows_the_stages() -> None:
     (shared, *others) = plan(arguments, Grid((2, 4), DEFAULT))
     assert shared.columns == (2, 4), "without, one training without delay is enough"
     assert len(others) == 6
+    assert plan(arguments, Grid((4, 2), DEFAULT)) == [shared, *others], "in the order of stages"
 
 
 def test_a_cut_that_is_told_is_kept_where_it_fits() -> None:
