@@ -407,6 +407,8 @@ def test_a_run_that_diverges_is_an_outcome() -> None:
         ("--stages 2 --rates -1", "--rates -1: give learning rates, as in 1e-3,3e-3"),
         ("--stages 2,9", "--stages 9: the model has 6 layers, and each stage needs one: write "
          "--stages up to 6, or --scale-depth KEY (model.init_args.blocks of a gpt)"),
+        ("--stages 2 --variants nine.yaml", "variant 'deep' has stages: 9, the model has 6 layers, "
+         "and each stage needs one: write stages: 6 there, or fewer, or leave it out"),
         ("--stages 2 --scale-depth model.init_args.widths", "it must be a whole number"),
         ("--stages 2 --scale-depth model.init_args.blocks", "that is null in the configuration"),
         ("--stages 2 --data.batch 3", "unknown key data.batch"),
@@ -422,6 +424,7 @@ def test_refusals(
     folder: Path, capsys: pytest.CaptureFixture[str], arguments: str, words: str
 ) -> None:
     (folder / "wrong.yaml").write_text("stash: {pipeline.rul: delayed}\n")
+    (folder / "nine.yaml").write_text("stash: {}\ndeep: {stages: 9}\n")
     assert words in refused(capsys, "--config", "tiny.yaml", *arguments.split())
     assert not (folder / "runs").exists()
 
