@@ -771,6 +771,15 @@ ROWS = (
         ),
     ),
     Row(
+        "a growth without bounds",
+        "pipeline.batch_size: factor=inf: give a finite number >= 1, as 1.1",
+        command="train",
+        arguments=(
+            "--pipeline.batch_size.class_path geometric --pipeline.batch_size.init_args.start 8 "
+            "--pipeline.batch_size.init_args.most 64 --pipeline.batch_size.init_args.factor .inf"
+        ),
+    ),
+    Row(
         "an update smaller than a micro-batch",
         (
             "pipeline.batch_size is a Steps that starts at 4 samples, and a micro-batch has "
