@@ -27,6 +27,7 @@ from headrace.launch.simulation.results import Row, best, results_table, smooth,
 from headrace.launch.simulation.run import Outcome, simulate
 from headrace.launch.studies.simulation_speed import WORKS, cut_up, train
 from headrace.launch.studies.simulation_speed import main as speed
+from headrace.pipeline.simulation import Simulation
 
 CONFIG = """\
 epochs: 2
@@ -387,6 +388,19 @@ def test_differences_are_of_the_best_rates_and_of_whole_rows() -> None:
 def test_smooth() -> None:
     assert smooth([(1, 1.0), (2, 3.0), (3, 5.0)], 2) == [(1.5, 2.0), (3, 5.0)]
     assert smooth([(1, 1.0), (2, 3.0)], 2) == [(1, 1.0), (2, 3.0)]
+
+
+def test_what_is_in_flight_at_the_end_takes_time_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a run of fewer micro-batches than stages that is all: it was told as no time."""
+    config = parse(["--config", "tiny.yaml", "--stages", "6", "--data.batch_size", "80"])
+    drain = Simulation.drain
+
+    def slow(pipe: Simulation) -> None:
+        time.sleep(0.2)
+        drain(pipe)
+
+    monkeypatch.setattr(Simulation, "drain", slow)
+    assert simulate(config).seconds >= 0.2
 
 
 def test_a_run_that_diverges_is_an_outcome() -> None:
