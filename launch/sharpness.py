@@ -99,6 +99,8 @@ def parse_command(arguments: Sequence[str]) -> tuple[Config, Options]:
             raise ValueError(f"--epsilon {epsilon:g}: give numbers above 0 and below 1, as 1e-3")
     if own.subspace < 1:
         raise ValueError(f"--subspace {own.subspace}: give a number of directions, 1 or more")
+    if not 0 <= own.seed < 2**64:
+        raise ValueError(f"--seed {own.seed}: give a whole number from 0 on and below 2^64")
     saved = tuple(find_saved(folder) for folder in folders)
     out = own.out or saved[0].out
     if (out / "sharpness.json").exists():

@@ -972,6 +972,13 @@ ROWS = (
         config=False,
     ),
     Row(
+        "a seed below 0",
+        "--seed -1: give a whole number from 0 on and below 2^64",
+        command="sharpness",
+        arguments="--checkpoint run --seed -1",
+        config=False,
+    ),
+    Row(
         "a run that has not ended, without a checkpoint",
         "--checkpoint run: no weights.pt and no checkpoint there; the run has not ended",
         command="sharpness",

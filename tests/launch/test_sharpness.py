@@ -233,6 +233,9 @@ def test_refusals(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monkey
     assert says("runs/a", "runs/b", "runs/a").startswith("--checkpoint has 3 folders: give one")
     assert says("runs/a", "--epsilon", "0").startswith("--epsilon 0: give numbers above 0")
     assert says("runs/a", "--subspace", "0").startswith("--subspace 0: give a number")
+    for seed in ("-1", str(2**64)):  # the second used to be a traceback
+        wanted = f"--seed {seed}: give a whole number from 0 on and below 2^64"
+        assert says("runs/a", "--seed", seed) == wanted
     assert says("runs/a", "--subspace", "188").startswith("--subspace 188: the model has 187 wei")
     assert says("runs/a", "--config", "x.yaml").startswith("--config: a checkpoint has its own")
     assert says("runs/a", "--model.init_args.widhts", "[1]").startswith("model.init_args: mlp has")
