@@ -189,7 +189,8 @@ def test_a_checkpoint_and_a_run_that_was_stopped(
     assert str(last) in capsys.readouterr().out
     assert find_saved(run / "checkpoints").folder == first
 
-    main(["--checkpoint", str(first), *FEW, "--data.batch_size", "20"])
+    main(["--checkpoint", str(first), "--subspace", "1", "--data.batch_size", "20"])
+    assert "\nphi, 1 direction, epsilon 0.001 " in capsys.readouterr().out
     assert result(f"{first}-sharpness")["checkpoints"][0]["checkpoint"] == str(first)
     assert not (first / "sharpness.json").exists(), "a checkpoint stays as it was written"
 
