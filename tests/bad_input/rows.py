@@ -916,6 +916,16 @@ ROWS = (
         arguments="--stages 2,9",
     ),
     Row(
+        "a variant of more stages than layers",
+        (
+            "variant 'deep' has stages: 9, the model has 6 layers, and each stage needs one: write "
+            "stages: 6 there, or fewer, or leave it out"
+        ),
+        command="simulate",
+        arguments="--stages 2 --variants variants.yaml",
+        files={"variants.yaml": "stash: {}\ndeep: {stages: 9}\n"},
+    ),
+    Row(
         "a variant that comes last and is bad",
         (
             "variant 'late', 2 stages: pipeline.corrections has a GapAware, which "
@@ -1382,7 +1392,7 @@ ROWS = (
     ),
     Row(
         "a factor below 1",
-        "factor=0.5: give a number >= 1",
+        "factor=0.5: give a finite number >= 1, as 1.1",
         ValueError,
         act=partial(Geometric, 16, factor=0.5, most=64),
     ),
