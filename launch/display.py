@@ -52,8 +52,8 @@ def print_table(table: Table) -> None:
 
 
 def count(number: int, thing: str) -> str:
-    """How many there are, in words: "1 stage", "2 stages"."""
-    return f"{number} {thing}{'s' * (number != 1)}"
+    """How many there are, in words: "1 stage", "2 stages", "1,000 stages"."""
+    return f"{number:,} {thing}{'s' * (number != 1)}"
 
 
 def title(config: Config, stages: str) -> Text:

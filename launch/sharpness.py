@@ -99,6 +99,8 @@ def parse_command(arguments: Sequence[str]) -> tuple[Config, Options]:
             raise ValueError(f"--epsilon {epsilon:g}: give numbers above 0 and below 1, as 1e-3")
     if own.subspace < 1:
         raise ValueError(f"--subspace {own.subspace}: give a number of directions, 1 or more")
+    if not 0 <= own.seed < 2**64:
+        raise ValueError(f"--seed {own.seed}: give a whole number from 0 on and below 2^64")
     saved = tuple(find_saved(folder) for folder in folders)
     out = own.out or saved[0].out
     if (out / "sharpness.json").exists():
@@ -183,7 +185,8 @@ def _run(
     n = len(points[0])
     if options.subspace > n:
         raise InputError(
-            f"--subspace {options.subspace}: the model has {n:,} weights; give fewer directions"
+            f"--subspace {options.subspace}: the model has {count(n, 'weight')}; give fewer "
+            "directions"
         )
     metrics = make_metrics(config)
     found = []
@@ -226,7 +229,7 @@ def _run(
 def _title(config: Config, n: int, f: Objective) -> str:
     stages = f.pipeline.stages
     where = count(stages, "stage")
-    return f"{config.name}  {n:,} weights, float64, evaluation mode, {where}\n"
+    return f"{config.name}  {count(n, 'weight')}, float64, evaluation mode, {where}\n"
 
 
 def _table(found: Sequence[Measured], options: Options, distance: float | None) -> str:
@@ -238,7 +241,7 @@ def _table(found: Sequence[Measured], options: Options, distance: float | None) 
     for e in options.epsilon:
         rows.append((f"phi, whole space, epsilon {e:g}", [f"{m.full[e].phi:.4g}" for m in found]))
     for e in options.epsilon:
-        name = f"phi, {options.subspace} directions, epsilon {e:g}"
+        name = f"phi, {count(options.subspace, 'direction')}, epsilon {e:g}"
         rows.append((name, [f"{m.subspace[e].phi:.4g}" for m in found]))
     rows.append(("lambda_max", [f"{m.curvature.value:.4g}" for m in found]))
     rows.append(("  Hessian products", [_products(m.curvature) for m in found]))

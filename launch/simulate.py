@@ -15,16 +15,16 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from headrace.pipeline.errors import InputError
 
-from .config import to_yaml
+from .config import Config, to_yaml
 from .display import console, count, duration, print_table
 from .plotting import import_pyplot
 from .ranks import processes, refuse_error, stop
 from .run_files import check_folder, new_folder
-from .simulation.differences import differences, differences_table, import_special
+from .simulation.differences import differences, differences_table, import_special, left_out
 from .simulation.picture import draw
 from .simulation.plan import DEFAULT, Case, Grid, plan, read_variants
 from .simulation.results import Row, best, results_table, write_csv, write_json
@@ -64,13 +64,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     name = cases[0].configs[0].name
     folder = new_folder(Path("runs"), f"{name}-simulation")
     (folder / "config.yaml").write_text(to_yaml(cases[0].configs[0]), encoding="utf-8")
-    apart = differences(rows)
-    about = {
-        "command": ["python", "-m", "headrace.launch.simulate", *given],
-        "differences": [asdict(each) for each in apart],
-    }
+    about: dict[str, Any] = {"command": ["python", "-m", "headrace.launch.simulate", *given]}
+    # First of all: the runs took hours, and nothing that comes next may lose them.
     write_json(folder / "results.json", rows, about)
     write_csv(folder / "results.csv", rows)
+    apart = differences(rows)
+    about["differences"] = [asdict(each) for each in apart]
+    write_json(folder / "results.json", rows, about)
     seeds = f"{grid.seeds} seeds, mean ± standard deviation" if grid.seeds > 1 else "one seed"
     draw(rows, folder / "curves", f"{name}: {seeds}")
     out = console()
@@ -78,23 +78,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print_table(results_table(rows, own.until))
     if apart:
         print_table(differences_table(apart))
-    out.print(_legend(rows, seeds))
+    out.print(_legend(rows, seeds, compared=bool(apart)))
     out.print(f"files      {folder}: curves.png, results.csv, results.json")
 
 
-def _legend(rows: Sequence[Row], seeds: str) -> str:
+def _legend(rows: Sequence[Row], seeds: str, *, compared: bool) -> str:
     lines = [f"{seeds}; staleness of the first stage; time over that of one stage"]
-    if len(rows[0].case.configs) > 1:
+    if compared:
         lines.append("differences are paired by seed; the interval of their mean is Student's")
     if any(row.case.rate is not None for row in rows):
         lines.append("* each variant's best rate, which the picture shows")
     for row in rows:
         for config, outcome in zip(row.case.configs, row.outcomes, strict=True):
             if outcome.diverged is not None:
-                where = f"{row.case.variant}, {count(row.case.stages, 'stage')}"
-                lines.append(f"diverged: {where}, seed {config.seed}: {in_yaml(outcome.diverged)}")
+                where = f"{count(row.case.stages, 'stage')}, {_what(row.case, config)}"
+                lines.append(f"diverged: {where}: {in_yaml(outcome.diverged)}")
                 break
+    lines += [f"not compared: {words}" for words in left_out(rows)]
     return "\n".join(lines) + "\n"
+
+
+def _what(case: Case, config: Config) -> str:
+    rate = "" if case.rate is None else f", rate {case.rate:g}"
+    return f"{case.variant}{rate}, seed {config.seed}"
 
 
 def _run(cases: Sequence[Case], workers: int) -> list[Row]:
@@ -104,10 +110,9 @@ def _run(cases: Sequence[Case], workers: int) -> list[Row]:
     with closing(outcomes([config for _, config in runs], workers)) as ended:
         for k, outcome in enumerate(ended):
             case, config = runs[k]
-            rate = "" if case.rate is None else f", rate {case.rate:g}"
             end = "diverged" if outcome.diverged else f"loss {outcome.scores['loss']:.4f}"
             stages = f"{count(case.stages, 'stage'):>10}"
-            what = f"{stages}  {case.variant}{rate}, seed {config.seed}"
+            what = f"{stages}  {_what(case, config)}"
             out.print(f"{k + 1:>{len(str(len(runs)))}}/{len(runs)} {what}: {end}, "
                       f"{duration(outcome.seconds)}", soft_wrap=True)  # fmt: skip
             done.append(outcome)

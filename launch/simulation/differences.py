@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from ..data.checks import import_extra
+from ..display import count
 from .results import Row, best
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "differences",
     "differences_table",
     "import_special",
+    "left_out",
 ]
 
 LEVEL = 0.95
@@ -67,23 +69,64 @@ def import_special() -> Any:
 
 
 def differences(rows: Sequence[Row]) -> list[Difference]:
-    """Of every variant of which two seeds or more ended, and none diverged, as of the first one."""
+    """Of every variant that can be compared with the first one."""
     found = []
-    for column in sorted({column for row in rows for column in row.case.columns}):
-        chosen = [row for row in best(rows, column).values() if not math.isinf(row.loss)]
-        first = next((row for row in rows if column in row.case.columns), None)
-        if first is None or not chosen or chosen[0].case.variant != first.case.variant:
-            continue
-        reference, *others = chosen
-        seeds = len(reference.outcomes)
+    for column, reference, others in _compared(rows):
         for row in others:
-            if len(row.outcomes) != seeds or seeds < 2:
+            if _why_not(row, reference):
                 continue
-            for name in reference.outcomes[0].scores:
+            shared = [s for s in reference.outcomes[0].scores if s in row.outcomes[0].scores]
+            for name in shared:
                 a, b = ([o.scores[name] for o in each.outcomes] for each in (row, reference))
                 variants = row.case.variant, reference.case.variant
                 found.append(Difference(column, *variants, name, *difference(a, b)))
     return found
+
+
+def left_out(rows: Sequence[Row]) -> list[str]:
+    """A line for each variant that cannot be compared with the first one: which, and why."""
+    lines = []
+    for column, reference, others in _compared(rows):
+        stages = count(column, "stage")
+        if reference.lost:
+            lines.append(f"{stages}, all: {reference.case.variant} {_lost(reference)}")
+            continue
+        why = {row.case.variant: _why_not(row, reference) for row in others}
+        lines += [f"{stages}, {variant}: {words}" for variant, words in why.items() if words]
+    return lines
+
+
+def _compared(rows: Sequence[Row]) -> Iterator[tuple[int, Row, list[Row]]]:
+    """For each number of stages the first variant and the others, at the best rate of each."""
+    if all(len(row.outcomes) < 2 for row in rows):
+        return  # one seed has no spread
+    for column in sorted({column for row in rows for column in row.case.columns}):
+        reference, *others = best(rows, column).values()
+        if others:
+            yield column, reference, others
+
+
+def _why_not(row: Row, reference: Row) -> str:
+    """Why the two cannot be compared; empty if they can."""
+    if reference.lost or row.lost:
+        return _lost(row if row.lost else reference)
+    own, seeds = ([config.seed for config in each.case.configs] for each in (row, reference))
+    than = reference.case.variant
+    if own != seeds:
+        return f"its seeds are {_listed(own)}, and those of {than} {_listed(seeds)}"
+    if row.tested != reference.tested:
+        kinds = ("training", "test")
+        mine, other = (kinds[each.tested] for each in (row, reference))
+        return f"its loss is of {mine} data, and that of {than} of {other} data"
+    return ""
+
+
+def _lost(row: Row) -> str:
+    return f"diverged with {row.lost} of {count(len(row.outcomes), 'seed')}"
+
+
+def _listed(values: Sequence[int]) -> str:
+    return ", ".join(map(str, values))
 
 
 def differences_table(found: Sequence[Difference]) -> Table:
@@ -98,7 +141,9 @@ def differences_table(found: Sequence[Difference]) -> Table:
         own = {e.score: e for e in found if (e.stages, e.variant) == (stages, variant)}
         cells = [
             f"{e.mean:+.4f} ({e.mean - e.half:+.4f} to {e.mean + e.half:+.4f})"
-            for e in (own[name] for name in names)
+            if (e := own.get(name))
+            else ""
+            for name in names
         ]
         table.add_row(str(stages), variant, *cells)
     return table

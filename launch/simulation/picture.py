@@ -8,7 +8,7 @@ from typing import Any
 
 from ..display import count
 from ..plotting import clean, import_pyplot, save
-from .results import Row, best, smooth, spread
+from .results import Row, best, loss_title, smooth, spread
 
 __all__ = ["draw"]
 
@@ -74,11 +74,11 @@ def _curve(ax: Any, row: Row, colour: str, top: float) -> None:
     ys = [[curve[k][1] for curve in curves] for k in range(shared)]
     middle, deviation = zip(*(spread(y) for y in ys), strict=True)
     ax.plot(x, middle, color=colour, linewidth=1.4)
-    if None not in deviation and len(row.finished) == len(row.outcomes):
+    if None not in deviation and not row.lost:
         low = [m - d for m, d in zip(middle, deviation, strict=True)]
         high = [m + d for m, d in zip(middle, deviation, strict=True)]
         ax.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
-    if len(row.finished) < len(row.outcomes):
+    if row.lost:
         ax.plot(x[-1:], [min(middle[-1], top)], "x", color=colour, markersize=8, clip_on=False)
 
 
@@ -113,8 +113,7 @@ def _ends(ax: Any, rows: Sequence[Row], columns: Sequence[int], colours: dict[st
     ax.set_xticks(columns, [str(column) for column in columns])
     ax.minorticks_off()
     ax.set_xlabel("stages")
-    tested = rows[0].case.configs[0].data.test is not None
-    _dress(ax, "at the end", "test loss" if tested else "training loss")
+    _dress(ax, "at the end", loss_title(rows))
 
 
 def _dress(ax: Any, title: str, ylabel: str) -> None:

@@ -115,7 +115,7 @@ def plan(arguments: Sequence[str], grid: Grid) -> list[Case]:
     if grid.scale_depth is not None:
         _check_depth(base, grid.scale_depth)
     cases: dict[tuple[str, float | None, str], Case] = {}
-    for count in grid.stages:
+    for count in sorted(grid.stages):
         for variant, changes in grid.variants.items():
             for rate in grid.rates or (None,):
                 try:
@@ -174,6 +174,12 @@ def _check_layers(cases: Sequence[Case], grid: Grid) -> None:
         model = make_model(case.configs[0])
         check_model(model, 1)
         layers = len(model)
+        if layers < case.stages and case.stages not in case.columns:
+            raise ValueError(
+                f"variant {case.variant!r} has stages: {case.stages}, the model has {layers} "
+                f"layers, and each stage needs one: write stages: {layers} there, or fewer, or "
+                "leave it out"
+            )
         if layers < case.stages:
             deeper = (
                 "a larger model"

@@ -20,6 +20,7 @@ from .run import Outcome
 __all__ = [
     "Row",
     "best",
+    "loss_title",
     "results_table",
     "smooth",
     "spread",
@@ -42,9 +43,19 @@ class Row:
         return [outcome for outcome in self.outcomes if outcome.diverged is None]
 
     @property
+    def lost(self) -> int:
+        """How many diverged."""
+        return len(self.outcomes) - len(self.finished)
+
+    @property
+    def tested(self) -> bool:
+        """Whether its scores are of test data, not the last epoch's training loss."""
+        return self.case.configs[0].data.test is not None
+
+    @property
     def loss(self) -> float:
         """The mean over all seeds; infinite if one diverged."""
-        if len(self.finished) < len(self.outcomes):
+        if self.lost:
             return float("inf")
         return statistics.mean(outcome.scores["loss"] for outcome in self.outcomes)
 
@@ -73,7 +84,8 @@ def smooth(curve: Sequence[tuple[int, float]], points: int) -> list[tuple[float,
 def best(rows: Sequence[Row], column: int) -> dict[str, Row]:
     """Each variant's row of the lowest loss, under one number of stages.
 
-    Rows of fewer seeds are those that were not chosen on the first one (`--tune`).
+    Rows of fewer seeds are those that were not chosen on the first one (`--tune`): what was chosen
+    stays so, though it may diverge on a later one.
     """
     found: dict[str, Row] = {}
     for row in rows:
@@ -83,8 +95,8 @@ def best(rows: Sequence[Row], column: int) -> dict[str, Row]:
     return found
 
 
-def _rank(row: Row) -> tuple[bool, int, float]:
-    return math.isinf(row.loss), -len(row.outcomes), row.loss
+def _rank(row: Row) -> tuple[int, float]:
+    return -len(row.outcomes), row.loss
 
 
 def _reference(rows: Sequence[Row], row: Row) -> Row | None:
@@ -120,7 +132,7 @@ def results_table(rows: Sequence[Row], until: float | None = None) -> Table:
     if rates:
         table.add_column("rate", justify="right")
     for name in names or ["loss"]:
-        table.add_column(name if name != "loss" else _loss_title(rows), justify="right")
+        table.add_column(name if name != "loss" else loss_title(rows), justify="right")
     for title in ("staleness", "updates", *([f"to {until:g}"] if until else []), "time"):
         table.add_column(title, justify="right")
     columns = sorted({column for row in rows for column in row.case.columns})
@@ -140,20 +152,26 @@ def results_table(rows: Sequence[Row], until: float | None = None) -> Table:
     return table
 
 
-def _loss_title(rows: Sequence[Row]) -> str:
-    return "test loss" if rows[0].case.configs[0].data.test is not None else "train loss"
+def loss_title(rows: Sequence[Row]) -> str:
+    """Of what data the losses at the end are."""
+    tested = {row.tested for row in rows}
+    if len(tested) > 1:
+        return "test or training loss"
+    return "test loss" if tested == {True} else "training loss"
 
 
 def _scores(row: Row, names: Sequence[str]) -> list[str]:
-    lost = len(row.outcomes) - len(row.finished)
     if not row.finished:
         return ["diverged", *[""] * (len(names) - 1)]
     cells = []
     for name in names:
+        if name not in row.finished[0].scores:
+            cells.append("")
+            continue
         mean, deviation = spread([outcome.scores[name] for outcome in row.finished])
         cells.append(f"{mean:.4f}" + (f" ± {deviation:.4f}" if deviation is not None else ""))
-    if lost:
-        cells[0] += f", {lost} of {len(row.outcomes)} diverged"
+    if row.lost:
+        cells[0] += f", {row.lost} of {len(row.outcomes)} diverged"
     return cells
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -28,7 +29,7 @@ class Outcome:
         scores: of the test data, "loss" and metrics, or the loss of the last epoch without any.
         staleness: the mean of each stage's gradients, in updates.
         updates: of the first stage.
-        seconds: of training.
+        seconds: of training, what is in flight at the end included.
         curve: samples trained on so far, and the mean loss since the point before; it ends before
             those that were in flight at the end.
         weights: `fingerprint` of the last ones.
@@ -77,6 +78,9 @@ def simulate(config: Config) -> Outcome:
             for _ in range(config.epochs):
                 report = pipe.train(train, log=log, log_every=config.log_every)
                 before, seconds = before + report.samples, seconds + report.seconds
+            start = time.perf_counter()
+            pipe.drain()  # of a short run that is most of the work
+            seconds += time.perf_counter() - start
             scores = {"loss": report.loss}
             if test is not None:
                 scores = pipe.evaluate(test, make_metrics(config))

@@ -11,7 +11,7 @@ __all__ = ["Geometric", "grow"]
 def grow(size: int, factor: float, most: int) -> int:
     """|B| ← min(⌈1.1 |B| + 1⌉, N) (Friedlander and Schmidt 2012, section 5)."""
     # 1.1 * 100 is a little more than 110 in doubles, and must not count as 111.
-    return min(math.ceil(round(factor * size, 9) + 1), most)
+    return math.ceil(min(round(factor * size, 9) + 1, most))
 
 
 class Geometric(Growth):
@@ -32,8 +32,9 @@ class Geometric(Growth):
         check_samples("most", most)
         if most < start:
             raise ValueError(f"most={most} is less than start={start}: give at least as many")
-        if isinstance(factor, bool) or not isinstance(factor, int | float) or not factor >= 1:
-            raise ValueError(f"factor={factor!r}: give a number >= 1")
+        number = isinstance(factor, int | float) and not isinstance(factor, bool)
+        if not number or not 1 <= factor < math.inf:
+            raise ValueError(f"factor={factor!r}: give a finite number >= 1, as 1.1")
         self.most, self.by = most, factor
 
     def next(self, size: int, epoch: int, sampled: Sampled) -> int:

@@ -1,5 +1,6 @@
 """Steps: grow the batch where one would lower the learning rate (Smith et al. 2018)."""
 
+import math
 from bisect import bisect
 from collections.abc import Sequence
 from typing import Any
@@ -37,14 +38,12 @@ class Steps(Growth):
         self.at = _check_at(at)
         if isinstance(sizes, int):
             check_samples("sizes", sizes)
-            if factor is None or isinstance(factor, bool) or not factor > 0:
-                raise ValueError(
-                    f"sizes={sizes!r} is the start alone, and factor={factor!r}: give a number > "
-                    "0, as in Steps(16, factor=5, at=[15, 30]), or all sizes, as in Steps([16, "
-                    "80, 400], at=[15, 30])"
-                )
-            powers = range(len(self.at) + 1)
-            self.sizes = tuple(max(1, round(sizes * factor**power)) for power in powers)
+            self.sizes = _powers(sizes, factor, len(self.at))
+        elif not isinstance(sizes, Sequence) or isinstance(sizes, str):
+            raise ValueError(
+                f"sizes={sizes!r}: give a whole number of samples and a factor, as in Steps(16, "
+                "factor=5, at=[15, 30]), or all sizes, as in Steps([16, 80, 400], at=[15, 30])"
+            )
         else:
             self.sizes = tuple(sizes)
             for size in self.sizes:
@@ -59,6 +58,24 @@ class Steps(Growth):
 
     def next(self, size: int, epoch: int, sampled: Sampled) -> int:
         return self.sizes[bisect(self.at, epoch)]
+
+
+def _powers(start: int, factor: Any, changes: int) -> tuple[int, ...]:
+    """start · factor^k after k changes, at least 1."""
+    number = isinstance(factor, int | float) and not isinstance(factor, bool)
+    if not number or not 0 < factor < math.inf:
+        raise ValueError(
+            f"sizes={start!r} is the start alone, and factor={factor!r}: give a finite number > 0, "
+            "as in Steps(16, factor=5, at=[15, 30]), or all sizes, as in Steps([16, 80, 400], "
+            "at=[15, 30])"
+        )
+    try:
+        return tuple(max(1, round(start * factor**k)) for k in range(changes + 1))
+    except OverflowError:
+        raise ValueError(
+            f"factor={factor!r}: {start} samples times that {changes} times over is no number any "
+            "more: give a smaller one, as in Steps(16, factor=5, at=[15, 30])"
+        ) from None
 
 
 def _check_at(at: Any) -> tuple[int, ...]:

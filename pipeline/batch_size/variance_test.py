@@ -48,8 +48,9 @@ class VarianceTest(Growth):
         check_samples("most", most)
         if most < start:
             raise ValueError(f"most={most} is less than start={start}: give at least as many")
-        if isinstance(theta, bool) or not isinstance(theta, int | float) or not theta > 0:
-            raise ValueError(f"theta={theta!r}: give a number > 0")
+        number = isinstance(theta, int | float) and not isinstance(theta, bool)
+        if not number or not 0 < theta <= 1e100:  # it is squared
+            raise ValueError(f"theta={theta!r}: give a number > 0 and at most 1e100, as 1.0")
         self.most, self.theta = most, theta
 
     def next(self, size: int, epoch: int, sampled: Sampled) -> int:

@@ -771,6 +771,15 @@ ROWS = (
         ),
     ),
     Row(
+        "a growth without bounds",
+        "pipeline.batch_size: factor=inf: give a finite number >= 1, as 1.1",
+        command="train",
+        arguments=(
+            "--pipeline.batch_size.class_path geometric --pipeline.batch_size.init_args.start 8 "
+            "--pipeline.batch_size.init_args.most 64 --pipeline.batch_size.init_args.factor .inf"
+        ),
+    ),
+    Row(
         "an update smaller than a micro-batch",
         (
             "pipeline.batch_size is a Steps that starts at 4 samples, and a micro-batch has "
@@ -907,6 +916,16 @@ ROWS = (
         arguments="--stages 2,9",
     ),
     Row(
+        "a variant of more stages than layers",
+        (
+            "variant 'deep' has stages: 9, the model has 6 layers, and each stage needs one: write "
+            "stages: 6 there, or fewer, or leave it out"
+        ),
+        command="simulate",
+        arguments="--stages 2 --variants variants.yaml",
+        files={"variants.yaml": "stash: {}\ndeep: {stages: 9}\n"},
+    ),
+    Row(
         "a variant that comes last and is bad",
         (
             "variant 'late', 2 stages: pipeline.corrections has a GapAware, which "
@@ -960,6 +979,13 @@ ROWS = (
         ),
         command="sharpness",
         arguments="--checkpoint .",
+        config=False,
+    ),
+    Row(
+        "a seed below 0",
+        "--seed -1: give a whole number from 0 on and below 2^64",
+        command="sharpness",
+        arguments="--checkpoint run --seed -1",
         config=False,
     ),
     Row(
@@ -1366,7 +1392,7 @@ ROWS = (
     ),
     Row(
         "a factor below 1",
-        "factor=0.5: give a number >= 1",
+        "factor=0.5: give a finite number >= 1, as 1.1",
         ValueError,
         act=partial(Geometric, 16, factor=0.5, most=64),
     ),

@@ -189,7 +189,8 @@ def test_a_checkpoint_and_a_run_that_was_stopped(
     assert str(last) in capsys.readouterr().out
     assert find_saved(run / "checkpoints").folder == first
 
-    main(["--checkpoint", str(first), *FEW, "--data.batch_size", "20"])
+    main(["--checkpoint", str(first), "--subspace", "1", "--data.batch_size", "20"])
+    assert "\nphi, 1 direction, epsilon 0.001 " in capsys.readouterr().out
     assert result(f"{first}-sharpness")["checkpoints"][0]["checkpoint"] == str(first)
     assert not (first / "sharpness.json").exists(), "a checkpoint stays as it was written"
 
@@ -233,6 +234,9 @@ def test_refusals(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monkey
     assert says("runs/a", "runs/b", "runs/a").startswith("--checkpoint has 3 folders: give one")
     assert says("runs/a", "--epsilon", "0").startswith("--epsilon 0: give numbers above 0")
     assert says("runs/a", "--subspace", "0").startswith("--subspace 0: give a number")
+    for seed in ("-1", str(2**64)):  # the second used to be a traceback
+        wanted = f"--seed {seed}: give a whole number from 0 on and below 2^64"
+        assert says("runs/a", "--seed", seed) == wanted
     assert says("runs/a", "--subspace", "188").startswith("--subspace 188: the model has 187 wei")
     assert says("runs/a", "--config", "x.yaml").startswith("--config: a checkpoint has its own")
     assert says("runs/a", "--model.init_args.widhts", "[1]").startswith("model.init_args: mlp has")

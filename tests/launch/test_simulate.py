@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -18,7 +18,7 @@ import torch
 from torch.nn.utils import parameters_to_vector
 
 from headrace.launch.assemble import make_corrections
-from headrace.launch.config import parse
+from headrace.launch.config import Config, parse
 from headrace.launch.simulate import main
 from headrace.launch.simulation import side_by_side
 from headrace.launch.simulation.differences import difference, differences
@@ -27,6 +27,7 @@ from headrace.launch.simulation.results import Row, best, results_table, smooth,
 from headrace.launch.simulation.run import Outcome, simulate
 from headrace.launch.studies.simulation_speed import WORKS, cut_up, train
 from headrace.launch.studies.simulation_speed import main as speed
+from headrace.pipeline.simulation import Simulation
 
 CONFIG = """\
 epochs: 2
@@ -48,6 +49,8 @@ stash: {}
 hot: {optimizer.init_args.lr: 1e30}
 """
 
+TWO = "no delay: {stages: 1}\nstash: {}\n"
+
 DEEP = """\
 model: {class_path: gpt, init_args: {vocabulary: 97, context: 8, blocks: 2, width: 8, heads: 2}}
 loss: TokenCrossEntropy
@@ -61,7 +64,7 @@ data:
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Each test runs in a folder of its own, with the files above."""
     monkeypatch.chdir(tmp_path)
-    for name, text in (("tiny", CONFIG), ("variants", VARIANTS), ("deep", DEEP)):
+    for name, text in (("tiny", CONFIG), ("variants", VARIANTS), ("deep", DEEP), ("two", TWO)):
         (tmp_path / f"{name}.yaml").write_text(text)
     handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
     yield tmp_path
@@ -94,7 +97,7 @@ def test_the_whole_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert re.match(rf"{number} +{number} +0\.95 +20 +\d+\.\d\dx", table[2, "stash"])
     assert re.match(rf"{number} +{number} +0\.00 +20 +\d+\.\d s", table[1, "no delay"])
     assert table[3, "hot"].startswith("diverged ")
-    assert "diverged: hot, 2 stages, seed 0: stage " in out
+    assert "diverged: 2 stages, hot, seed 0: stage " in out
     interval = r"[+-]\d\.\d{4} \([+-]\d\.\d{4} to [+-]\d\.\d{4}\)"
     rows = re.findall(rf"^ +(\d) +(\w+) +{interval} +{interval} *$", below, re.MULTILINE)
     assert rows == [("2", "stash"), ("3", "stash")], "what diverges has none"
@@ -115,6 +118,124 @@ def test_the_whole_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> 
         lines = list(csv.DictReader(file))
     assert [line["diverged"] for line in lines] == [str(r["diverged"] is not None) for r in runs]
     assert float(lines[2]["loss"]) == runs[2]["scores"]["loss"]
+
+
+def made_up(monkeypatch: pytest.MonkeyPatch, end: Callable[[Config], Outcome]) -> None:
+    """Nothing trains: this is what becomes of each run. Nor is anything drawn."""
+
+    def outcomes(configs: Sequence[Config], _: int) -> Generator[Outcome]:
+        yield from map(end, configs)
+
+    monkeypatch.setattr("headrace.launch.simulate.outcomes", outcomes)
+    monkeypatch.setattr("headrace.launch.simulate.draw", lambda *_: [])
+
+
+def ended(loss: float, **more: float) -> Outcome:
+    """One that did not diverge."""
+    return Outcome(None, {"loss": loss, **more}, (0.0,), 20, 0.1, ((10, 2.0), (20, 1.0)), "x")
+
+
+BARE = "a: {}\nbare: {metrics: []}\nuntested: {data.test: null}\n"
+
+
+@pytest.mark.parametrize("lines", [[0, 1, 2], [1, 0, 2]])
+def test_variants_whose_scores_differ(
+    lines: list[int],
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All runs were lost to a KeyError, after the last had ended."""
+    text = BARE.splitlines()
+    (folder / "bare.yaml").write_text("\n".join(text[k] for k in lines))
+    accuracy = {"accuracy": 0.5}
+    made_up(
+        monkeypatch,
+        lambda config: ended(
+            1.0 + config.seed, **(accuracy if config.metrics and config.data.test else {})
+        ),
+    )
+    main(["--config", "tiny.yaml", "--stages", "2", "--variants", "bare.yaml", "--seeds", "2"])
+    out = capsys.readouterr().out
+    assert " test or training loss " in out
+    pair, rest = r"1\.5000 ± 0\.7071", r" +0\.00 +20 +0\.1 s *$"
+    assert re.search(rf"^ +2 +a +{pair} +0\.5000 ± 0\.0000{rest}", out, re.MULTILINE)
+    for name in ("bare", "untested"):
+        assert re.search(rf"^ +2 +{name} +{pair}{rest}", out, re.MULTILINE), "an empty cell"
+    results = json.loads((folder / "runs/tiny-simulation/results.json").read_text())
+    (only,) = results["differences"]
+    assert (only["score"], {only["variant"], only["less"]}) == ("loss", {"a", "bare"})
+
+
+def table(out: str) -> list[list[str]]:
+    """The cells of each row of the first table, without those of time."""
+    lines = out.split("─ \n")[1].splitlines()
+    return [re.split(r" {2,}", line.strip())[:-3] for line in lines if re.match(r" +\d", line)]
+
+
+@pytest.mark.parametrize("unlucky", [1, 2])
+def test_what_was_tuned_stays_chosen_where_a_later_seed_diverges(
+    unlucky: int,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The star used to move to a rate that nobody chose, and that ran with one seed."""
+
+    def end(config: Config) -> Outcome:
+        rate = config.optimizer.init_args["lr"]
+        if config.seed == 2 and rate == 0.1 and config.stages == unlucky:
+            return Outcome("it blew up", updates=3)
+        return ended({0.01: 2.0, 0.1: 1.0}[rate])
+
+    made_up(monkeypatch, end)
+    command = "--config tiny.yaml --stages 2 --variants two.yaml --seeds 3 --rates 0.01,0.1 --tune"
+    main(command.split())
+    out = capsys.readouterr().out
+    whole, part = "1.0000 ± 0.0000", "1.0000 ± 0.0000, 1 of 3 diverged"
+    assert table(out) == [
+        ["1", "no delay", "0.01", "2.0000"],
+        ["1", "no delay", "* 0.1", part if unlucky == 1 else whole],
+        ["2", "stash", "0.01", "2.0000"],
+        ["2", "stash", "* 0.1", part if unlucky == 2 else whole],
+    ]
+    who = {
+        1: ("1 stage, no delay", "all: no delay diverged"),
+        2: ("2 stages, stash", "stash: diverged"),
+    }[unlucky]
+    assert f"\nnot compared: 2 stages, {who[1]} with 1 of 3 seeds\n" in out
+    assert "paired" not in out, "nothing is left to compare"
+    assert f"\ndiverged: {who[0]}, rate 0.1, seed 2: it blew up\n" in out
+
+
+def test_variants_that_cannot_be_compared(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "odd.yaml").write_text("a: {}\nb: {}\nc: {seed: 3}\nd: {data.test: null}\n")
+    made_up(monkeypatch, lambda config: ended(1.0))
+    main(["--config", "tiny.yaml", "--stages", "2", "--variants", "odd.yaml", "--seeds", "2"])
+    assert capsys.readouterr().out.splitlines()[-5:-1] == [
+        "differences are paired by seed; the interval of their mean is Student's",
+        "not compared: 2 stages, c: its seeds are 3, 4, and those of a 0, 1",
+        "not compared: 2 stages, d: its loss is of training data, and that of a of test data",
+        "",
+    ]
+    (folder / "one.yaml").write_text("a: {}\n")
+    main(["--config", "tiny.yaml", "--stages", "2", "--variants", "one.yaml", "--seeds", "2"])
+    assert "compared" not in (out := capsys.readouterr().out) and "paired" not in out
+    main(["--config", "tiny.yaml", "--stages", "2", "--variants", "odd.yaml"])
+    assert "compared" not in capsys.readouterr().out, "one seed has no spread"
+
+
+def test_results_are_written_before_they_are_compared(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made_up(monkeypatch, lambda config: ended(1.0))
+    monkeypatch.setattr("headrace.launch.simulate.differences", lambda rows: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["--config", "tiny.yaml", "--stages", "2"])
+    written = folder / "runs/tiny-simulation"
+    assert len(json.loads((written / "results.json").read_text())["runs"]) == len(DEFAULT)
+    assert len((written / "results.csv").read_text().splitlines()) == 1 + len(DEFAULT)
 
 
 def pool_of(parent: int) -> set[int]:
@@ -216,6 +337,7 @@ def test_depth_follows_the_stages() -> None:
     (shared, *others) = plan(arguments, Grid((2, 4), DEFAULT))
     assert shared.columns == (2, 4), "without, one training without delay is enough"
     assert len(others) == 6
+    assert plan(arguments, Grid((4, 2), DEFAULT)) == [shared, *others], "in the order of stages"
 
 
 def test_a_cut_that_is_told_is_kept_where_it_fits() -> None:
@@ -233,7 +355,9 @@ def test_means_are_over_those_that_finished() -> None:
         Row(Case("a", (2,), 0.1, (config,) * 3), (good, bad, good)),
         Row(Case("a", (2,), 0.2, (config,)), (Outcome(None, {"loss": 3.0}, (1.0, 0.0)),)),
     ]
-    assert best(rows, 2)["a"] is rows[1], "a rate at which a seed diverges is not the best"
+    other = Row(Case("a", (2,), 0.2, (config,) * 3), rows[1].outcomes * 3)
+    assert best([rows[0], other], 2)["a"] is other, "a rate with which a seed diverges is not best"
+    assert best(rows, 2)["a"] is rows[0], "but what was tuned on the first seed stays chosen"
     cells = [[str(cell) for cell in column.cells] for column in results_table(rows).columns]
     assert cells[3] == ["2.0000 ± 0.0000, 1 of 3 diverged", "3.0000"]
 
@@ -266,6 +390,19 @@ def test_smooth() -> None:
     assert smooth([(1, 1.0), (2, 3.0)], 2) == [(1, 1.0), (2, 3.0)]
 
 
+def test_what_is_in_flight_at_the_end_takes_time_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a run of fewer micro-batches than stages that is all: it was told as no time."""
+    config = parse(["--config", "tiny.yaml", "--stages", "6", "--data.batch_size", "80"])
+    drain = Simulation.drain
+
+    def slow(pipe: Simulation) -> None:
+        time.sleep(0.2)
+        drain(pipe)
+
+    monkeypatch.setattr(Simulation, "drain", slow)
+    assert simulate(config).seconds >= 0.2
+
+
 def test_a_run_that_diverges_is_an_outcome() -> None:
     config = parse(["--config", "tiny.yaml", "--stages", "2", "--optimizer.init_args.lr", "1e30"])
     outcome = simulate(config)
@@ -284,6 +421,8 @@ def test_a_run_that_diverges_is_an_outcome() -> None:
         ("--stages 2 --rates -1", "--rates -1: give learning rates, as in 1e-3,3e-3"),
         ("--stages 2,9", "--stages 9: the model has 6 layers, and each stage needs one: write "
          "--stages up to 6, or --scale-depth KEY (model.init_args.blocks of a gpt)"),
+        ("--stages 2 --variants nine.yaml", "variant 'deep' has stages: 9, the model has 6 layers, "
+         "and each stage needs one: write stages: 6 there, or fewer, or leave it out"),
         ("--stages 2 --scale-depth model.init_args.widths", "it must be a whole number"),
         ("--stages 2 --scale-depth model.init_args.blocks", "that is null in the configuration"),
         ("--stages 2 --data.batch 3", "unknown key data.batch"),
@@ -299,6 +438,7 @@ def test_refusals(
     folder: Path, capsys: pytest.CaptureFixture[str], arguments: str, words: str
 ) -> None:
     (folder / "wrong.yaml").write_text("stash: {pipeline.rul: delayed}\n")
+    (folder / "nine.yaml").write_text("stash: {}\ndeep: {stages: 9}\n")
     assert words in refused(capsys, "--config", "tiny.yaml", *arguments.split())
     assert not (folder / "runs").exists()
 

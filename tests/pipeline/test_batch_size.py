@@ -61,6 +61,7 @@ def test_geometric() -> None:
     assert sizes(Geometric(10, most=23), range(6)) == [10, 12, 15, 18, 21, 23]
     assert grow(100, 1.1, 1000) == 111, "1.1 * 100 is 110.00000000000001 in doubles"
     assert grow(8, 2, 1000) == 17
+    assert grow(8, 1e308, 1000) == 1000, "8 times that is no finite double"
 
 
 def test_the_variance_test() -> None:
@@ -437,8 +438,12 @@ def test_it_is_refused_at_the_loader_and_the_pipeline_lives() -> None:
 
 REFUSED: list[tuple[Callable[[], Any], str]] = [
     (lambda: Steps(0, factor=2, at=[1]), "sizes=0: give a whole number"),
-    (lambda: Steps(16, at=[1]), "factor=None: give a number > 0"),
-    (lambda: Steps(16, factor=0, at=[1]), "factor=0: give a number > 0"),
+    (lambda: Steps(16, at=[1]), "factor=None: give a finite number > 0"),
+    (lambda: Steps(16, factor=0, at=[1]), "factor=0: give a finite number > 0"),
+    (lambda: Steps(16, factor=math.inf, at=[1]), "factor=inf: give a finite number > 0"),
+    (lambda: Steps(16, factor=1e200, at=[1, 2]), r"factor=1e\+200: 16 samples times that 2 times"),
+    (lambda: Steps(4.5, factor=2, at=[1]), "sizes=4.5: give a whole number of samples"),
+    (lambda: Steps("16", at=[1]), "sizes='16': give a whole number of samples"),
     (lambda: Steps([16], at=[1]), r"sizes=\[16\] with at=\[1\].*after each of at"),
     (lambda: Steps([16, 32], at=[1], factor=2), "factor=2: give a size .* and no factor"),
     (lambda: Steps([16, 1.5], at=[1]), "sizes=1.5: give a whole number"),
@@ -448,10 +453,12 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     (lambda: Steps([16, 32], at="1"), "at='1'"),
     (lambda: Steps([16, 32], at=[1], rate="square"), "write one of constant, linear, sqrt"),
     (lambda: Geometric(16, most=8), "most=8 is less than start=16"),
-    (lambda: Geometric(16, most=32, factor=0.9), "factor=0.9: give a number >= 1"),
+    (lambda: Geometric(16, most=32, factor=0.9), "factor=0.9: give a finite number >= 1"),
+    (lambda: Geometric(16, most=32, factor=math.inf), "factor=inf: give a finite number >= 1"),
     (lambda: VarianceTest(16, most=8), "most=8 is less than start=16"),
     (lambda: VarianceTest(16, most=True), "most=True: give a whole number"),
     (lambda: VarianceTest(16, most=32, theta=0), "theta=0: give a number > 0"),
+    (lambda: VarianceTest(16, most=32, theta=1e200), r"theta=1e\+200: give .* at most 1e100"),
 ]
 
 
