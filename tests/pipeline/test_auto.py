@@ -111,13 +111,38 @@ def test_what_it_chooses_is_refused_beside_what_undoes_it(
     assert beside is Auto or "(chosen by auto)" in str(caught.value)
 
 
-def test_what_it_chooses_and_an_optimizer_does_not_allow_tells_who_chose_it() -> None:
-    def plain_beside_muon(params: Sequence[tuple[str, nn.Parameter]]) -> list[Optimizer]:
-        matrices = [(n, p) for n, p in params if p.dim() == 2]
-        return [Muon(matrices), SGD([(n, p) for n, p in params if p.dim() != 2], lr=0.1)]
+# What it chose of Muon was refused for the momentum that an SGD beside it did not have.
+@pytest.mark.parametrize("beside", [partial(SGD, lr=0.02), NESTEROV], ids=["sgd", "nesterov"])
+def test_what_is_beside_muon_and_has_no_spike_is_let_be(beside: Any) -> None:
+    """It moves its weights as one does that Headrace does not know for an SGD."""
 
-    with pytest.raises(InputError, match=r"auto chose spike_compensation: .* this SGD has none"):
-        run(plain_beside_muon, [Auto()])
+    class Unknown(Optimizer):
+        def __init__(self, params: Any) -> None:
+            self._sgd = beside(params)
+            super().__init__(self._sgd.param_groups, self._sgd.defaults)
+
+        def step(self, closure: Any = None) -> None:
+            self._sgd.step()
+
+    def beside_muon(kind: Any) -> Any:
+        def make(params: Sequence[tuple[str, nn.Parameter]]) -> list[Optimizer]:
+            matrices = [(n, p) for n, p in params if p.dim() == 2]
+            return [Muon(matrices, lr=0.01), kind([(n, p) for n, p in params if p.dim() != 2])]
+
+        return make
+
+    chosen = [WeightPrediction(of="Muon"), SpikeCompensation()]
+    assert_same(run(beside_muon(beside), [Auto()]), run(beside_muon(Unknown), chosen))
+
+
+class Chooses(Correction):
+    def choose(self, late: bool, rule: Any, optimizers: Any) -> Sequence[Correction]:
+        return [SpikeCompensation()] if late else []
+
+
+def test_what_is_chosen_and_an_optimizer_does_not_allow_tells_who_chose_it() -> None:
+    with pytest.raises(InputError, match=r"Chooses chose spike_compensation: .* SGD has none"):
+        run(partial(SGD, lr=0.02), [Chooses()])
 
 
 def test_it_may_be_beside_another_where_it_chooses_nothing() -> None:
