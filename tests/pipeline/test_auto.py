@@ -23,7 +23,7 @@ from headrace.pipeline.errors import InputError
 from headrace.pipeline.rules import Delayed
 
 from .alone import MSE
-from .helpers import SIZES, assert_same, batches_of, clone, tanh_net
+from .helpers import SIZES, assert_close, assert_same, batches_of, clone, tanh_net
 
 
 def muon(params: Sequence[tuple[str, nn.Parameter]]) -> list[Optimizer]:
@@ -133,6 +133,32 @@ def test_what_is_beside_muon_and_has_no_spike_is_let_be(beside: Any) -> None:
 
     chosen = [WeightPrediction(of="Muon"), SpikeCompensation()]
     assert_same(run(beside_muon(beside), [Auto()]), run(beside_muon(Unknown), chosen))
+
+
+# gap_aware, which it chooses of SGD with momentum, refused sparse gradients once training ran.
+@pytest.mark.parametrize("optimizer", [MOMENTUM, NESTEROV], ids=["momentum", "nesterov"])
+def test_it_chooses_what_can_take_sparse_gradients(optimizer: Any) -> None:
+    generator, found = torch.Generator().manual_seed(0), []
+    batches = [
+        (
+            torch.randint(10, (4, 2), generator=generator),
+            torch.randn(4, 3, generator=generator).double(),
+        )
+        for _ in range(20)
+    ]
+    for sparse in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Embedding(10, 6, sparse=sparse), nn.Flatten(), nn.Linear(12, 8), nn.Tanh(),
+            nn.Linear(8, 3),
+        ).double()  # fmt: skip
+        with Pipeline(
+            model, MSE, optimizer, stages=3, balance=[2, 2, 1], corrections=[Auto()]
+        ) as pipe:
+            pipe.train(batches)
+            assert "gap_aware" in pipe.chosen[0]
+            found.append(clone(pipe.state_dict()))
+    assert_close(found[0], found[1])
 
 
 class Chooses(Correction):

@@ -112,6 +112,16 @@ def test_dampening_by_hand() -> None:
     assert not dampen(gradient, now.requires_grad_(), then.requires_grad_(), usual).requires_grad
 
 
+def test_dampening_of_a_sparse_gradient_by_hand() -> None:
+    """Rows 2, 0 and 2 again, over 1 + |6 - 3| / 3 = 2 and 1 + |5 - 2| / 1 = 4; as they lie."""
+    values = torch.tensor([[8.0], [6.0], [4.0]])
+    gradient = torch.sparse_coo_tensor([[2, 0, 2]], values, (3, 1), check_invariants=True)
+    now, then, usual = g(6, 7, 5)[:, None], g(3, 9, 2)[:, None], g(3, 1, 1)[:, None]
+    got = dampen(gradient, now, then, usual)
+    assert got._values().tolist() == [[2], [3], [1]] and got.dtype == torch.float32
+    assert got.to_dense().tolist() == [[3], [0], [3]]
+
+
 def test_the_squares_by_hand() -> None:
     """3/4 · 8 + 1/4 · 6² = 15, element by element."""
     ra, v = g(8, 4), g(6, 0)
