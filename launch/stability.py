@@ -55,7 +55,8 @@ def foresee(config: Config, staleness: Sequence[float]) -> Text | None:
 
 def look_ahead(config: Config, pipe: Pipeline, weights: Mapping[str, Tensor] | None) -> Text | None:
     """What the first rank says before training; None where nothing is stale, or something is done
-    about it, unless a check was asked for.
+    about it, unless a check was asked for. Where the batch grows, it is said of its first size, and
+    of the rate there: a rate that grows with it may well be beyond the edge later.
 
     Args:
         pipe: prepared.
