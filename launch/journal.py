@@ -44,9 +44,17 @@ class Journal:
         pipe: prepared, and where a checkpoint has brought it.
         samples: in an epoch; None where the data does not say.
         folder: of the run.
+        weights: the whole model's, where stability is to be checked.
     """
 
-    def __init__(self, config: Config, pipe: Pipeline, samples: int | None, folder: Path) -> None:
+    def __init__(
+        self,
+        config: Config,
+        pipe: Pipeline,
+        samples: int | None,
+        folder: Path,
+        weights: Mapping[str, Tensor] | None,
+    ) -> None:
         assert pipe.partition is not None
         self._config, self._partition = config, pipe.partition
         done = pipe.notes.get("journal", {})
@@ -64,7 +72,7 @@ class Journal:
         self._chosen = pipe.chosen if chooses else {}
         if self._chosen:
             self._out.print(_what_auto_chose(self._chosen))
-        if stability := look_ahead(config, pipe):
+        if stability := look_ahead(config, pipe, weights):
             self._out.print(stability)
         self._samples, self._micro_batches = done.get("samples", 0), done.get("micro_batches", 0)
         self._seconds, self._loss = done.get("seconds", 0.0), done.get("loss", math.nan)

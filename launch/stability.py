@@ -1,16 +1,18 @@
 """What a run says of its stability before it starts: from the delay alone, or from a curvature."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from rich.text import Text
+from torch import Tensor
 
 from headrace.pipeline import Pipeline
 from headrace.pipeline.corrections.correction import expand
 from headrace.pipeline.curvature import estimate_curvature
 from headrace.pipeline.feed import read
+from headrace.pipeline.layers import materialise, named_layers
 from headrace.pipeline.rules import Delayed
 from headrace.pipeline.settings import make_optimizers
 from headrace.pipeline.stability import Stability, examine, speaks_of
@@ -51,25 +53,27 @@ def foresee(config: Config, staleness: Sequence[float]) -> Text | None:
     return _say(examine(0, staleness[0], optimizers)) if speaks_of(first, corrections) else None
 
 
-def look_ahead(config: Config, pipe: Pipeline) -> Text | None:
+def look_ahead(config: Config, pipe: Pipeline, weights: Mapping[str, Tensor] | None) -> Text | None:
     """What the first rank says before training; None where nothing is stale, or something is done
-    about it, unless a check was asked for.
+    about it, unless a check was asked for. Where the batch grows, it is said of its first size, and
+    of the rate there: a rate that grows with it may well be beyond the edge later.
 
     Args:
         pipe: prepared.
+        weights: the whole model's, at which to check; None where no check was asked for.
     """
     law, iterations = pipe.stability, config.pipeline.check_stability
     if law is not None:  # the configuration knows how many micro-batches a growing batch has
         staleness = expected_staleness(config, pipe.depths)[law.stage]
         law = replace(law, staleness=staleness) if staleness else None
-    if not iterations:
+    if weights is None:
         return _say(law)
     if law is None:
         return Text(f"stability: {NOT_CHECKED}")
     if law.preconditions:
         return Text(f"{law.figures}, which check_stability cannot find: it is for SGD")
     with torch.random.fork_rng():
-        stable, words = _judge(config, pipe, law, iterations)
+        stable, words = _judge(config, pipe, law, iterations, weights)
     if not stable:
         return _warn(words)
     # Training may well raise the curvature: what is to be said without it stays true.
@@ -77,12 +81,21 @@ def look_ahead(config: Config, pipe: Pipeline) -> Text | None:
     return said if law.warning is None else said.append("\n").append_text(_warn(law.warning))
 
 
-def _judge(config: Config, pipe: Pipeline, law: Stability, iterations: int) -> tuple[bool, str]:
+def _judge(
+    config: Config,
+    pipe: Pipeline,
+    law: Stability,
+    iterations: int,
+    weights: Mapping[str, Tensor],
+) -> tuple[bool, str]:
     """The verdict on the stage that is closest to its edge, on the first mini-batch."""
     options = config.pipeline
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     batch = next(read(make_loader(config, "data.train", config.data.train), pairs_only=True))
     model, loss = make_model(config), make_loss(config)
+    for name, layer in named_layers(model):
+        materialise(name, layer, config.seed, device)
+    model.load_state_dict(weights)
     assert pipe.partition is not None
     worst = (-math.inf, True, "")
     staleness = expected_staleness(config, pipe.depths)

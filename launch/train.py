@@ -112,7 +112,8 @@ def _run(config: Config, data: _Data, pipe: Pipeline, beginning: Beginning) -> N
         if pipe.rank == 0 and (line := past_the_end(config, done, data.updates)):
             print(f"headrace: {line}", flush=True)
     folder = run_folder(config, beginning) if pipe.rank == 0 else None
-    journal = Journal(config, pipe, data.samples, folder) if folder else None
+    begun = pipe.state_dict() if config.pipeline.check_stability else None
+    journal = Journal(config, pipe, data.samples, folder, begun) if folder else None
     try:
         plan = plan_checkpoints(config, folder)
         while pipe.position.epochs < config.epochs:

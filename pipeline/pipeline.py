@@ -626,7 +626,8 @@ class Pipeline:
     def stability(self) -> Stability | None:
         """What the delay leaves of the largest stable learning rate, at the stalest stage of this
         process that trains; what `slack='auto'` begins with, before it has measured. Under
-        `batch_size` it is the most that the delay can be: an update for each micro-batch.
+        `batch_size` it is the most that the delay can be: an update for each micro-batch. The rate
+        is the optimizer's own, which `rate='linear'` or 'sqrt' of a growth multiplies later.
 
         None where nothing is stale, something is done about it already, the law says nothing of
         the optimizer, or replicas add to the delay; and before the stages are built.

@@ -78,7 +78,7 @@ class Stability:
 
     Args:
         staleness: τ, in updates, once the stream is warm.
-        rate: η, before a scheduler's warm-up.
+        rate: η, after a scheduler's warm-up; what a growing batch may multiply it by is left out.
         momentum: m; Adam's first beta.
         dampening: what the optimizer multiplies a gradient by is 1 less this; Adam's first beta.
         preconditions: h is of the loss as the optimizer scales it, as it is with Adam.

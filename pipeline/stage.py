@@ -45,6 +45,7 @@ class Flight:
 
     Args:
         version: of the weights that its forward ran with, as `Stage.timestamp` counts.
+        closes: its gradient is the last one of an update.
         source: the network's own input, where `x` was guessed from it.
         guess: the gradients that the rule guessed for its output.
     """
@@ -56,6 +57,7 @@ class Flight:
     target: Nest
     weights: Version | None
     source: Nest = None
+    closes: bool = False
     guess: Sequence[Tensor | None] | None = None
     output: Nest = None
     loss: Tensor | None = None
@@ -188,7 +190,7 @@ class Stage:
         if weights is not None:
             weights.users += 1
         kept = target if self.is_last or self.guesses else None
-        flight = Flight(index, samples, self.timestamp, x, kept, weights, source)
+        flight = Flight(index, samples, self.timestamp, x, kept, weights, source, closes)
         self.flights[index] = flight
         self.most_in_flight = max(self.most_in_flight, len(self.flights))
         self.closed += closes
@@ -408,6 +410,16 @@ class Stage:
         """What the learning rate of an update on so many samples is multiplied by."""
         growth = self.settings.batch_size
         return growth.factor(samples) if growth and samples else 1.0
+
+    def coming_batch_factors(self) -> list[float]:
+        """The `batch_factor` of each update to come that what it has run forward closes."""
+        gathered, factors = self.gradient.samples, []
+        for flight in self.flights.values():
+            gathered += flight.samples
+            if flight.closes:
+                factors.append(self.batch_factor(gathered))
+                gathered = 0
+        return factors
 
     def _step_schedulers(self) -> None:
         if self.version:

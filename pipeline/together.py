@@ -58,7 +58,7 @@ class Together:
         layers = [layer for engine in engines for layer in named_layers(engine.stage.layers)]
         self._places = Places(Layers(layers))  # no two stages have a weight in common
         self._read: deque[tuple[Message, RandomState | None]] = deque()
-        self._closes: dict[int, bool] = {}  # whether each of those closes an update
+        self._marks: dict[int, tuple[int, bool]] = {}  # their samples; does it close an update?
         self._closed = 0  # updates that those fed close
         self._fed = 0  # micro-batches that the first stage has run forward, were it alone
         self._draws: bool | None = None  # whether the first stage's layers do; None: not known
@@ -89,11 +89,12 @@ class Together:
             # A loader may fill its tensors anew: these are copies.
             x, target = self._engines[0].read_input(message)
             self._read.append((message.carrying((x, target)), self._draw(x)))
-            books.fed(int(message.numbers[0]))
-            self._closes[self._fed] = bool(message.numbers[1])
-            self._closed += self._closes[self._fed]
+            samples, closes = int(message.numbers[0]), bool(message.numbers[1])
+            books.fed(samples)
+            self._marks[self._fed] = samples, closes
+            self._closed += closes
             self._fed += 1
-            drains = message.numbers[1] and self._closed <= first.kit.synchronous
+            drains = closes and self._closed <= first.kit.synchronous
             while len(self._read) > (-1 if drains else first.depth) and self._read:
                 self._advance()
         return books.close(first.version)
@@ -104,18 +105,16 @@ class Together:
         message, random = self._read.popleft()
         self._doing = f"micro-batch {index}"
         for member in self._members:
-            member.take_weights(min(index + member.stage.depth, self._fed - 1), self._closes)
-        samples = int(message.numbers[0])
-        self._run(index, samples, *cast(tuple[Nest, Nest], message.body), random)
-        if self._closes.pop(index):
+            member.take_weights(min(index + member.stage.depth, self._fed - 1), self._marks)
+        self._run(index, *cast(tuple[Nest, Nest], message.body), random)
+        _, closes = self._marks.pop(index)
+        if closes:
             for member in self._members:
                 member.update()
         self._doing = None
 
-    def _run(
-        self, index: int, samples: int, x: Nest, target: Nest, random: RandomState | None
-    ) -> None:
-        flights = [member.begin(index, samples) for member in self._members]
+    def _run(self, index: int, x: Nest, target: Nest, random: RandomState | None) -> None:
+        flights = [member.stage.flights.pop(index) for member in self._members]
         flights[-1].target = target
         versions = [flight.weights for flight in flights if flight.weights is not None]
         held = {name: leaf for version in versions for name, leaf in version.leaves.items()}
@@ -217,16 +216,19 @@ class Together:
 
 
 class _Member:
-    """A stage, and the weights that it has taken for forwards to come."""
+    """A stage, whose flights have their weights before they begin."""
 
     def __init__(self, stage: Stage) -> None:
         self.stage = stage
-        self._taken: deque[tuple[Version | None, int]] = deque()
         self._next = 0
         self._copies = Versions()  # where the rule runs on the weights themselves
 
-    def take_weights(self, until: int, closes: Mapping[int, bool]) -> None:
-        """Take the weights for the forwards up to micro-batch `until`, as they are now."""
+    def take_weights(self, until: int, marks: Mapping[int, tuple[int, bool]]) -> None:
+        """Take the weights for the forwards up to micro-batch `until`, as they are now.
+
+        Args:
+            marks: each one's samples, and whether it closes an update.
+        """
         stage = self.stage
         for index in range(self._next, until + 1):
             weights = stage.rule.weights(stage, index)
@@ -234,14 +236,14 @@ class _Member:
                 weights = self._copies.take(index, stage.trainable)
             if weights is not None:
                 weights.users += 1
-            stage.closed += closes[index]
-            self._taken.append((weights, stage.timestamp))
+            samples, closes = marks[index]
+            version = stage.timestamp
+            stage.flights[index] = Flight(
+                index, samples, version, None, None, weights, closes=closes
+            )
+            stage.closed += closes
         self._next = max(self._next, until + 1)
-        stage.most_in_flight = max(stage.most_in_flight, len(self._taken))
-
-    def begin(self, index: int, samples: int) -> Flight:
-        weights, version = self._taken.popleft()
-        return Flight(index, samples, version, None, None, weights)
+        stage.most_in_flight = max(stage.most_in_flight, len(stage.flights))
 
     def forward(self, flight: Flight, x: Nest) -> Nest:
         """Run forward with the weights held already; the output as the next stage receives it, in

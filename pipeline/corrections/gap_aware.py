@@ -20,9 +20,21 @@ def follow_squares(ra: Tensor, v: Tensor, gamma: float) -> Tensor:
 
 
 def dampen(gradient: Tensor, now: Tensor, then: Tensor, usual: Tensor) -> Tensor:
-    """g / (1 + |w_now - w_then| / C): C is how far an update usually goes, element by element."""
-    gap = (now.detach() - then.detach()).abs() / usual
-    return (gradient / (1 + gap)).to(gradient.dtype)
+    """g / (1 + |w_now - w_then| / C): C is how far an update usually goes, element by element; of a
+    sparse g those that it has.
+    """
+    divisor = 1 + (now.detach() - then.detach()).abs() / usual
+    if not gradient.is_sparse:
+        return (gradient / divisor).to(gradient.dtype)
+    # Not coalesced, which would add up what occurs twice in another order than the optimizer.
+    at, values = gradient._indices(), gradient._values()
+    return torch.sparse_coo_tensor(
+        at,
+        (values / divisor[tuple(at)]).to(values.dtype),
+        gradient.shape,
+        is_coalesced=gradient.is_coalesced(),
+        check_invariants=False,
+    )
 
 
 class GapAware(Correction):
@@ -69,11 +81,6 @@ class GapAware(Correction):
             return
         share = 1 - self.decay**self._updates
         for name, gradient in gradients.items():
-            if gradient.is_sparse:
-                raise ValueError(
-                    "gap_aware needs dense gradients, and a layer gives sparse ones: write "
-                    "sparse=False there, or leave the correction out"
-                )
             if not self._highest.get(name):
                 continue  # nothing has moved this weight yet
             usual = (self._squares[name] / share).sqrt_().add_(self.eps).mul_(self._highest[name])

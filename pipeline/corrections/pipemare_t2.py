@@ -51,7 +51,7 @@ class PipeMareT2(Correction):
         self.decay = float(decay)
         self._weights: Mapping[str, Tensor] = {}
         self._drift: dict[str, Tensor] = {}
-        self._gamma = 0.0
+        self._stage: Stage | None = None
 
     def attach(self, stage: "Stage") -> None:
         if stage.depth and stage.recopies_weights:
@@ -59,9 +59,13 @@ class PipeMareT2(Correction):
                 "pipemare_t2: under torch.compile or autocast a backward may use copies of the "
                 "forward's weights, for which nothing can stand in: leave one of the two out"
             )
-        self._weights = stage.trainable
-        late = stage.depth / stage.settings.update_every
-        self._gamma = self.decay ** (1 / late) if late else 0.0
+        if stage.depth and stage.settings.batch_size is not None:
+            raise InputError(
+                "pipemare_t2 must know how many micro-batches an update has, which tells how many "
+                "updates a gradient is late, and batch_size= is in samples: write update_every= in "
+                "place of batch_size=, or rule=Delayed(weights='stash') without pipemare_t2"
+            )
+        self._weights, self._stage = stage.trainable, stage
 
     def backward_weights(self, staleness: int) -> Mapping[str, Tensor] | None:
         if staleness == 0 or not self._drift:
@@ -72,7 +76,14 @@ class PipeMareT2(Correction):
         }
 
     def after_update(self, before: Mapping[str, Tensor], rates: Mapping[str, float]) -> None:
+        gamma = self._gamma()
         for name, weight in self._weights.items():
             held = self._drift.get(name)
             held = torch.zeros_like(weight) if held is None else held
-            self._drift[name] = follow(held, weight.detach(), before[name], self._gamma)
+            self._drift[name] = follow(held, weight.detach(), before[name], gamma)
+
+    def _gamma(self) -> float:
+        if self._stage is None or not self._stage.depth:
+            return 0.0
+        late = self._stage.depth / self._stage.settings.update_every  # slack='auto' deepens it
+        return float(self.decay ** (1 / late))

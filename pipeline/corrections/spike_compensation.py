@@ -39,50 +39,55 @@ def direction_of_mean(mean: Tensor, g: Tensor, m: float, staleness: float) -> Te
 class SpikeCompensation(Correction):
     """Step along a v + b g instead of v, with SGD's momentum or Muon's.
 
-    SGD's is to be plain momentum. Muon's own step is Nesterov's, which is what it does for τ = 1:
-    there it counts one more, a = m^(τ+1), where nothing is late a = m. It sees the gradient after
-    clipping, with the optimizer's weight decay.
+    SGD's is to be plain momentum. Beside Muon, which it is for then, an SGD whose momentum is not,
+    and any other optimizer, is let be. Muon's own step is Nesterov's, which is what it does for
+    τ = 1: there it counts one more, a = m^(τ+1), where nothing is late a = m. It sees the gradient
+    after clipping, with the optimizer's weight decay.
     """
 
     at_servers = False
     takes_momentum = True
 
     def attach(self, stage: "Stage") -> None:
-        has_muon = any(isinstance(optimizer, Muon) for optimizer in stage.optimizers)
-        for optimizer in stage.optimizers:
-            if not isinstance(optimizer, Muon):
-                _check(optimizer, has_muon)
+        if not any(isinstance(optimizer, Muon) for optimizer in stage.optimizers):
+            for optimizer in stage.optimizers:
+                _check(optimizer)
 
     def move(self, optimizer: Optimizer, staleness: float, step: Callable[[], None]) -> None:
         if staleness == 0:
             step()
         elif isinstance(optimizer, Muon):
             _move_muon(optimizer, staleness, step)
-        elif isinstance(optimizer, SGD):
+        elif isinstance(optimizer, SGD) and _has_plain_momentum(optimizer):
             _move_sgd(optimizer, staleness, step)
         else:
             step()
 
 
-def _check(optimizer: Optimizer, beside_muon: bool) -> None:
-    kind, groups = type(optimizer).__name__, optimizer.param_groups
+def _check(optimizer: Optimizer) -> None:
     if not isinstance(optimizer, SGD):
-        if beside_muon:  # which it is for
-            return
         raise InputError(
-            f"spike_compensation is defined for SGD with momentum, and Muon, and this is {kind}: "
-            "write one of them, or weight_prediction, which every optimizer can have"
+            f"spike_compensation is defined for SGD with momentum, and Muon, and this is "
+            f"{type(optimizer).__name__}: write one of them, or weight_prediction, which every "
+            "optimizer can have"
         )
-    if not all(group["momentum"] > 0 for group in groups):
+    if not all(group["momentum"] > 0 for group in optimizer.param_groups):
         raise InputError(
             "spike_compensation is about momentum, and this SGD has none: write a momentum above "
             "0, or leave the correction out"
         )
-    if any(group["nesterov"] or group["dampening"] for group in groups):
+    if not _has_plain_momentum(optimizer):
         raise InputError(
             "spike_compensation takes the place of Nesterov's look-ahead, and knows no "
             "dampening: leave nesterov and dampening out of SGD's arguments"
         )
+
+
+def _has_plain_momentum(optimizer: SGD) -> bool:
+    return all(
+        group["momentum"] > 0 and not group["nesterov"] and not group["dampening"]
+        for group in optimizer.param_groups
+    )
 
 
 def _move_sgd(optimizer: SGD, staleness: float, step: Callable[[], None]) -> None:

@@ -130,7 +130,7 @@ class WeightPrediction(Correction):
         form: 'last_update' (the last update τ times over; with any optimizer), 'linear' (the
             direction of the optimizer's momentum, τ times over) or 'momentum' (what its momentum
             alone will still move); the last two with SGD, Adam, AdamW and NAdam, at the learning
-            rates that the scheduler will set.
+            rates that the scheduler will set, times what the samples of each update make of them.
         strength: how much of that way to go.
         of: the class of the optimizer whose weights to predict, as in 'Muon', where a stage has
             several; None: all weights.
@@ -159,6 +159,7 @@ class WeightPrediction(Correction):
         self._homes: dict[str, _Home] = {}
         self._rates: dict[Optimizer, ComingRates] = {}
         self._factor: Callable[[int], float] = lambda staleness: 1.0
+        self._batch_factors: Callable[[], list[float]] = list
 
     @property
     def kind(self) -> str:
@@ -200,29 +201,31 @@ class WeightPrediction(Correction):
                 for parameter in group["params"]:
                     home = _Home(parameter, optimizer, number)
                     self._homes[names[id(parameter)]] = home
-        self._factor = stage.discount
+        self._factor, self._batch_factors = stage.discount, stage.coming_batch_factors
 
     def look_ahead(self, staleness: int) -> Fill | None:
         if staleness == 0 or (self.keeps_last and not self._last):
             return None
+        if self.keeps_last:
+            far = self.strength * staleness
+            return lambda name, weight: (
+                weight if name in self._left else extrapolate(weight, self._last[name], far)
+            )
+        discount = self.strength * self._factor(staleness)
+        factors = [discount * factor for factor in self._batch_factors()]
         return lambda name, weight: (
-            weight if name in self._left else self._predict(name, weight, staleness)
+            weight if name in self._left else self._by_momentum(name, weight, factors)
         )
 
-    def _predict(self, name: str, weight: Tensor, staleness: int) -> Tensor:
-        if self.keeps_last:
-            return extrapolate(weight, self._last[name], self.strength * staleness)
-        return self._by_momentum(name, weight, staleness)
-
-    def _by_momentum(self, name: str, weight: Tensor, staleness: int) -> Tensor:
+    def _by_momentum(self, name: str, weight: Tensor, factors: Sequence[float]) -> Tensor:
+        """Over as many updates as there are factors of their rates."""
         home = self._homes.get(name)
         state = home.optimizer.state.get(home.parameter) if home else None
         if home is None or not state:
             return weight  # not moved yet, or by nobody
         group = home.optimizer.param_groups[home.group]
-        coming = self._rates[home.optimizer].of(home.group, staleness)
-        discount = self.strength * self._factor(staleness)
-        rates = [discount * rate for rate in coming]
+        coming = self._rates[home.optimizer].of(home.group, len(factors))
+        rates = [factor * rate for factor, rate in zip(factors, coming, strict=True)]
         return self._with_rates(home.optimizer, group, state, weight, rates)
 
     def _with_rates(

@@ -1,5 +1,6 @@
 """What the training command and the plan say of stability before a run."""
 
+import re
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -8,11 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from headrace.launch.assemble import make_loader, make_model, make_pipeline
+from headrace.launch.assemble import make_loader, make_loss, make_model, make_pipeline
 from headrace.launch.config import parse
 from headrace.launch.plan import main as plan
 from headrace.launch.stability import look_ahead
 from headrace.launch.train import main
+from headrace.pipeline.checkpoints import load_weights
+from headrace.pipeline.curvature import estimate_curvature
+from headrace.pipeline.feed import read
 
 from .test_train import TINY, same
 
@@ -128,13 +132,31 @@ def test_a_check_changes_no_number(capsys: pytest.CaptureFixture[str]) -> None:
     assert "and staleness 1 allows 0.5, no delay 3" in out
 
 
+# A run that went on from a checkpoint was judged by first weights that it does not have.
+def test_a_check_is_made_at_the_weights_that_training_goes_on_from(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    check = ("--pipeline.check_stability", "20")
+    train(*check, "--checkpoint.every", "epoch")
+    train(*check, "--epochs", "2", "--checkpoint.resume", "runs/tiny")
+    found = re.findall(r"at stage 0 \(curvature ([\d.]+)\)", said(capsys))
+    config = parse(["--config", "tiny.yaml"])
+    batch = next(read(make_loader(config, "data.train", config.data.train), pairs_only=True))
+    model, curvatures = make_model(config), []
+    for state in ({}, load_weights("runs/tiny/checkpoints")):
+        model.load_state_dict(state, strict=bool(state))
+        h = estimate_curvature(model, make_loss(config), batch, layers=["0", "1", "2", "3"])
+        curvatures.append(f"{h:.3g}")
+    assert found == curvatures and found[0] != found[1]
+
+
 def verdict(*arguments: str) -> str:
     config = parse(["--config", "tiny.yaml", "--pipeline.check_stability", "10", *arguments])
     loader = make_loader(config, "data.train", config.data.train)
     with make_pipeline(config, make_model(config), None) as pipe:
         pipe.prepare(loader)
         state = torch.get_rng_state()
-        text = look_ahead(config, pipe)
+        text = look_ahead(config, pipe, pipe.state_dict())
         assert torch.equal(torch.get_rng_state(), state)
     return "" if text is None else text.plain
 

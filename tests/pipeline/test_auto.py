@@ -23,7 +23,7 @@ from headrace.pipeline.errors import InputError
 from headrace.pipeline.rules import Delayed
 
 from .alone import MSE
-from .helpers import SIZES, assert_same, batches_of, clone, tanh_net
+from .helpers import SIZES, assert_close, assert_same, batches_of, clone, tanh_net
 
 
 def muon(params: Sequence[tuple[str, nn.Parameter]]) -> list[Optimizer]:
@@ -111,13 +111,64 @@ def test_what_it_chooses_is_refused_beside_what_undoes_it(
     assert beside is Auto or "(chosen by auto)" in str(caught.value)
 
 
-def test_what_it_chooses_and_an_optimizer_does_not_allow_tells_who_chose_it() -> None:
-    def plain_beside_muon(params: Sequence[tuple[str, nn.Parameter]]) -> list[Optimizer]:
-        matrices = [(n, p) for n, p in params if p.dim() == 2]
-        return [Muon(matrices), SGD([(n, p) for n, p in params if p.dim() != 2], lr=0.1)]
+# What it chose of Muon was refused for the momentum that an SGD beside it did not have.
+@pytest.mark.parametrize("beside", [partial(SGD, lr=0.02), NESTEROV], ids=["sgd", "nesterov"])
+def test_what_is_beside_muon_and_has_no_spike_is_let_be(beside: Any) -> None:
+    """It moves its weights as one does that Headrace does not know for an SGD."""
 
-    with pytest.raises(InputError, match=r"auto chose spike_compensation: .* this SGD has none"):
-        run(plain_beside_muon, [Auto()])
+    class Unknown(Optimizer):
+        def __init__(self, params: Any) -> None:
+            self._sgd = beside(params)
+            super().__init__(self._sgd.param_groups, self._sgd.defaults)
+
+        def step(self, closure: Any = None) -> None:
+            self._sgd.step()
+
+    def beside_muon(kind: Any) -> Any:
+        def make(params: Sequence[tuple[str, nn.Parameter]]) -> list[Optimizer]:
+            matrices = [(n, p) for n, p in params if p.dim() == 2]
+            return [Muon(matrices, lr=0.01), kind([(n, p) for n, p in params if p.dim() != 2])]
+
+        return make
+
+    chosen = [WeightPrediction(of="Muon"), SpikeCompensation()]
+    assert_same(run(beside_muon(beside), [Auto()]), run(beside_muon(Unknown), chosen))
+
+
+# gap_aware, which it chooses of SGD with momentum, refused sparse gradients once training ran.
+@pytest.mark.parametrize("optimizer", [MOMENTUM, NESTEROV], ids=["momentum", "nesterov"])
+def test_it_chooses_what_can_take_sparse_gradients(optimizer: Any) -> None:
+    generator, found = torch.Generator().manual_seed(0), []
+    batches = [
+        (
+            torch.randint(10, (4, 2), generator=generator),
+            torch.randn(4, 3, generator=generator).double(),
+        )
+        for _ in range(20)
+    ]
+    for sparse in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Embedding(10, 6, sparse=sparse), nn.Flatten(), nn.Linear(12, 8), nn.Tanh(),
+            nn.Linear(8, 3),
+        ).double()  # fmt: skip
+        with Pipeline(
+            model, MSE, optimizer, stages=3, balance=[2, 2, 1], corrections=[Auto()]
+        ) as pipe:
+            pipe.train(batches)
+            assert "gap_aware" in pipe.chosen[0]
+            found.append(clone(pipe.state_dict()))
+    assert_close(found[0], found[1])
+
+
+class Chooses(Correction):
+    def choose(self, late: bool, rule: Any, optimizers: Any) -> Sequence[Correction]:
+        return [SpikeCompensation()] if late else []
+
+
+def test_what_is_chosen_and_an_optimizer_does_not_allow_tells_who_chose_it() -> None:
+    with pytest.raises(InputError, match=r"Chooses chose spike_compensation: .* SGD has none"):
+        run(partial(SGD, lr=0.02), [Chooses()])
 
 
 def test_it_may_be_beside_another_where_it_chooses_nothing() -> None:

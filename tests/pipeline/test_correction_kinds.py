@@ -9,6 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -40,6 +41,7 @@ from headrace.pipeline.corrections.gap_aware import dampen, follow_squares
 from headrace.pipeline.corrections.pipemare_t1 import annealed
 from headrace.pipeline.corrections.pipemare_t2 import follow, look_back
 from headrace.pipeline.corrections.spike_compensation import direction
+from headrace.pipeline.errors import InputError
 from headrace.pipeline.rules import Delayed
 
 from .alone import MSE
@@ -108,6 +110,16 @@ def test_dampening_by_hand() -> None:
     assert dampen(gradient, now, then, usual).tolist() == [3, -2, 0.1]
     assert gradient.tolist() == [6, -8, 0.1]
     assert not dampen(gradient, now.requires_grad_(), then.requires_grad_(), usual).requires_grad
+
+
+def test_dampening_of_a_sparse_gradient_by_hand() -> None:
+    """Rows 2, 0 and 2 again, over 1 + |6 - 3| / 3 = 2 and 1 + |5 - 2| / 1 = 4; as they lie."""
+    values = torch.tensor([[8.0], [6.0], [4.0]])
+    gradient = torch.sparse_coo_tensor([[2, 0, 2]], values, (3, 1), check_invariants=True)
+    now, then, usual = g(6, 7, 5)[:, None], g(3, 9, 2)[:, None], g(3, 1, 1)[:, None]
+    got = dampen(gradient, now, then, usual)
+    assert got._values().tolist() == [[2], [3], [1]] and got.dtype == torch.float32
+    assert got.to_dense().tolist() == [[3], [0], [3]]
 
 
 def test_the_squares_by_hand() -> None:
@@ -347,6 +359,28 @@ def test_t2_under_a_steady_drift_has_the_weights_of_the_forward() -> None:
     assert len(stash) == 40
     assert stood_in[-5:] == pytest.approx(stash[-5:], rel=1e-6)
     assert abs(current[-1] - stash[-1]) == pytest.approx(4 * 0.01, rel=1e-9)
+
+
+# It took as many updates for the delay as there were micro-batches in flight.
+def test_t2_beside_a_batch_size_in_samples_is_refused() -> None:
+    growth = Steps([8, 16], at=[1])
+    with pytest.raises(InputError, match=r"batch_size= is in samples: write update_every= in"):
+        run([PipeMareT2()], momentum, [], rule=Delayed("current"), batch_size=growth)
+
+
+def test_t2_of_a_stage_that_slack_auto_deepens() -> None:
+    """D = 1/8 and 3 in flight: γ = 1/2, and an update of 1 makes δ = 1/2; of 1 in flight 7/8."""
+    settings = SimpleNamespace(batch_size=None, update_every=1)
+    weights = {"w": torch.ones(1)}
+    stage: Any = SimpleNamespace(
+        depth=1, recopies_weights=False, settings=settings, trainable=weights
+    )
+    t2 = PipeMareT2(1 / 8)
+    t2.attach(stage)
+    stage.depth = 3
+    t2.after_update({"w": torch.zeros(1)}, {})
+    looked_back = t2.backward_weights(1)
+    assert looked_back is not None and looked_back["w"].item() == pytest.approx(1 / 2)
 
 
 def test_the_stand_in_leaves_the_weights_in_place() -> None:

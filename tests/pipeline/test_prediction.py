@@ -18,6 +18,7 @@ from torch.optim import lr_scheduler as schedulers
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from headrace.pipeline import Pipeline
+from headrace.pipeline.batch_size import Steps
 from headrace.pipeline.corrections import (
     AsynchronousNesterov,
     BasisRotation,
@@ -34,6 +35,7 @@ from headrace.pipeline.corrections.weight_prediction import (
 from headrace.pipeline.errors import InputError
 from headrace.pipeline.learning_rates import ComingRates, multiplied
 from headrace.pipeline.rules import Delayed
+from headrace.pipeline.simulation import Simulation
 
 from .alone import MSE
 from .helpers import SIZES, adamw, assert_close, assert_same, batches_of, clone, momentum, tanh_net
@@ -391,6 +393,32 @@ def test_prediction_with_several_micro_batches_to_an_update(form: str, every: in
         slack=1, update_every=every,
     )  # fmt: skip
     assert got == pytest.approx(expected, rel=1e-12)
+
+
+# The rates to come once left out what a growing batch makes of them.
+@pytest.mark.parametrize("kind", [Pipeline, Simulation])
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+@pytest.mark.parametrize("form", ["linear", "momentum"])
+@pytest.mark.parametrize("parts", [[(2,), (8,)], [(1, 1), (3, 5)]], ids=["1", "2"])
+def test_prediction_where_the_rate_grows_with_the_batch(
+    parts: Sequence[Sequence[int]], form: str, name: str, kind: type[Pipeline]
+) -> None:
+    """8 updates of 2 samples, then 8 of 8 at twice the rate; 4 in flight, of both sizes once."""
+    epochs, make = [numbers([*sizes] * 8) for sizes in parts], OPTIMIZERS[name]
+
+    def rate(update: int) -> float:
+        return 1.0 if update < 8 else 2.0
+
+    u, v = predicted(form)(0.5, make, rate), Weight(1.5, make, rate)
+    expected = by_hand(epochs[0] + epochs[1], 4, u, v, len(parts[0]))
+    with kind(
+        three_stages(0.5, Scale(1.5)), half_square, make, stages=3, balance=[1, 1, 1], slack=1,
+        batch_size=Steps([2, 8], at=[1], rate="sqrt"), corrections=[WeightPrediction(form)],
+    ) as pipe:  # fmt: skip
+        for batches in epochs:
+            pipe.train(batches)
+        state = pipe.state_dict()
+    assert (state["0.w"].item(), state["2.w"].item()) == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("form", FORMS)

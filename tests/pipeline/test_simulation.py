@@ -174,7 +174,7 @@ def test_a_loss_that_is_not_finite_stops() -> None:
     pipe = Simulation(tanh_net(), MSE, momentum, stages=4, balance=[4] * 4)
     with pytest.raises(FloatingPointError, match="stage 0 of 4, micro-batch 4: its input is not"):
         pipe.train(batches)
-    with pytest.raises(RuntimeError, match="has ended, by FloatingPointError"):
+    with pytest.raises(RuntimeError, match="has ended, by NonFiniteError"):
         pipe.train(batches)
 
 
