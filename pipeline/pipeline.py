@@ -672,7 +672,7 @@ class Pipeline:
                 self._course.begin(loader)
             batches = read(loader, pairs_only)
             if trains:
-                batches = deal(batches, loader, self._grid)
+                batches = deal(self._course.draw(batches), loader, self._grid)
             if self.partition is None:  # on the pass's first, wherever in it training goes on
                 first = next(batches)
                 self._adopt(self._blueprint.cut_by_time(first if self.rank == 0 else None))

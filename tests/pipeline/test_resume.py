@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Sampler, TensorDataset
 
 from headrace.pipeline import Pipeline
 from headrace.pipeline.checkpoints import Checkpoint, Checkpoints
@@ -104,6 +104,57 @@ def test_with_a_cut_that_is_yet_to_be_measured(
     assert total == 14
     assert_close(again, weights, 1e-6)
     assert [path.name for path in (tmp_path / "again").iterdir()] == [after.name]
+
+
+class Drawing(Sampler[int]):
+    """Draws each next one when it is asked for it: what is left hangs on all that was drawn."""
+
+    def __len__(self) -> int:
+        return 32
+
+    def __iter__(self) -> Iterator[int]:
+        left = list(range(32))
+        while left:
+            yield left.pop(int(torch.randint(len(left), ())))
+
+
+def drawing_run(
+    first: nn.Module, seed: int, start: Path | None, plan: Checkpoints | None
+) -> tuple["DataLoader[Any]", dict[str, Tensor]]:
+    x = torch.randn(32, 5, generator=torch.Generator().manual_seed(1))
+    loader = DataLoader(TensorDataset(x, x.sum(1, keepdim=True)), 4, sampler=Drawing())
+    torch.manual_seed(seed)
+    model = nn.Sequential(first, nn.Linear(5, 1))
+    with Pipeline(model, nn.MSELoss(), momentum, stages=1, balance="parameters") as pipe:
+        if start is not None:
+            pipe.load(start)
+        while pipe.position.epochs < 2:
+            pipe.train(loader, checkpoints=plan)
+        return loader, pipe.state_dict()
+
+
+def test_a_loader_that_draws_between_the_draws_of_layers(tmp_path: Path) -> None:
+    """Dropped mini-batches go without those of the layers, and yet its order is to be the same."""
+    plan = Checkpoints(tmp_path / "saved", 5, keep=9)
+    whole = drawing_run(nn.Dropout(0.3), 1, None, plan)[1]
+    starts = sorted((tmp_path / "saved").iterdir())
+    assert len(starts) == 3
+    for start in starts:
+        plan = Checkpoints(tmp_path / "again", 5, keep=9)
+        assert_same(drawing_run(nn.Dropout(0.3), 2, start, plan)[1], whole)
+
+
+def test_a_loader_that_alone_draws_does_so_as_in_a_plain_loop() -> None:
+    loader, piped = drawing_run(nn.Identity(), 1, None, None)
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Identity(), nn.Linear(5, 1))
+    optimizer = momentum(model.named_parameters())
+    for _ in range(2):
+        for x, target in loader:
+            optimizer.zero_grad()
+            nn.functional.mse_loss(model(x), target).backward()
+            optimizer.step()
+    assert_same(piped, model.state_dict())
 
 
 def test_after_a_sigterm_the_report_is_of_the_whole_call(tmp_path: Path) -> None:
