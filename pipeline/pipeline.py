@@ -295,8 +295,9 @@ class Pipeline:
             log: called on the first stage, with the losses read from the device then and only then.
             log_every: micro-batches between two logs.
             checkpoints: where to save, and when. A SIGTERM then ends the call at the next
-                mini-batch, saves, and leaves with exit code 0. After `load` the first call goes on
-                where the checkpoint was made, in the middle of the loader if need be.
+                mini-batch, saves, and leaves with exit code 0; where there is no next one, the next
+                call does, or ends at once if it is not of `train`. After `load` the first call goes
+                on where the checkpoint was made, in the middle of the loader if need be.
             at_end: called with the report, unless a SIGTERM ended the call, before the checkpoint
                 of the call's end is made, which has what was put into `notes` then.
 
@@ -329,15 +330,15 @@ class Pipeline:
             )
         with self._keeper.stoppable(checkpoints):
             report, ended = self._train(messages, checkpoints)
-        if ended is Ended.OVER:
-            self._course.end()
-            if at_end is not None:
-                at_end(report)
-        if checkpoints and (ended is Ended.STOPPED or checkpoints.every is None):
-            self._save(checkpoints.path(self.position), checkpoints.keep)
-            self._keeper.wait()
-        if ended is Ended.STOPPED:
-            self._leave()
+            if ended is Ended.OVER:
+                self._course.end()
+                if at_end is not None:
+                    at_end(report)
+            if checkpoints and (ended is Ended.STOPPED or checkpoints.every is None):
+                self._save(checkpoints.path(self.position), checkpoints.keep)
+                self._keeper.wait()
+            if ended is Ended.STOPPED:
+                self._leave()
         return report
 
     def _train(
@@ -756,6 +757,8 @@ class Pipeline:
         assert driver is not None
         if call is not Call.CLOSE:
             self._require_open()
+        if call not in (Call.TRAIN, Call.SAVE, Call.CLOSE):
+            self._keeper.heed()
         if self._under_way is not None:
             raise RuntimeError(
                 f"{call.name.lower()}() while {self._under_way.name.lower()}() is under way, from "

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler, TensorDataset
 
-from headrace.pipeline import Pipeline
-from headrace.pipeline.checkpoints import Checkpoint, Checkpoints
+from headrace.pipeline import Pipeline, Report
+from headrace.pipeline.checkpoints import Checkpoint, Checkpoints, Position
 from headrace.pipeline.corrections import BasisRotation
 from headrace.pipeline.corrections.correction import Correction
 
@@ -152,12 +152,13 @@ def test_a_loader_that_alone_draws_does_so_as_in_a_plain_loop() -> None:
     for _ in range(2):
         for x, target in loader:
             optimizer.zero_grad()
-            nn.functional.mse_loss(model(x), target).backward()
+            nn.functional.mse_loss(model(x), target).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
     assert_same(piped, model.state_dict())
 
 
-def test_after_a_sigterm_the_report_is_of_the_whole_call(tmp_path: Path) -> None:
+@pytest.mark.parametrize("at", (3, 6), ids=("amid the pass", "at its last mini-batch"))
+def test_after_a_sigterm_the_report_is_of_the_whole_call(at: int, tmp_path: Path) -> None:
     """Else what was trained on before it is in no report, and the counts of a run fall behind."""
     batches = batches_of(70, 10)
 
@@ -167,7 +168,7 @@ def test_after_a_sigterm_the_report_is_of_the_whole_call(tmp_path: Path) -> None
 
     def stopping() -> Iterator[tuple[Tensor, Tensor]]:
         for number, batch in enumerate(batches):
-            if number == 3:
+            if number == at:
                 os.kill(os.getpid(), signal.SIGTERM)
             yield batch
 
@@ -178,12 +179,41 @@ def test_after_a_sigterm_the_report_is_of_the_whole_call(tmp_path: Path) -> None
         stopped.train(stopping(), checkpoints=Checkpoints(tmp_path))
     assert ended.value.code == 0
     with pipeline() as again:
-        assert 0 < again.load(tmp_path).mini_batches < 7
+        assert again.load(tmp_path).mini_batches == at + 1
         reports = [again.train(batches), again.train(batches)]
     assert [replace(report, seconds=0.0) for report in reports] == [
         replace(report, seconds=0.0) for report in expected
     ]
     assert reports[0].samples == reports[1].samples == 70
+
+
+@pytest.mark.parametrize("every", (None, 9))
+def test_a_sigterm_after_the_last_mini_batch(every: int | None, tmp_path: Path) -> None:
+    """Another pass begins by saving; anything else ends as it would have without checkpoints."""
+
+    def stop(report: Report) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def leave(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    data, plan, codes = batches_of(70, 10), Checkpoints(tmp_path, every), []
+    calls: tuple[Callable[[Pipeline], Any], ...] = (
+        lambda pipe: pipe.train(data, checkpoints=plan),
+        lambda pipe: pipe.evaluate(data),
+    )
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        for call in calls:
+            pipe = Pipeline(tanh_net(0), nn.MSELoss(), momentum, stages=2, balance=[9, 7])
+            pipe.train(data, checkpoints=plan, at_end=stop)
+            with pytest.raises(SystemExit) as ended:
+                call(pipe)
+            codes.append(ended.value.code)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert codes == [0, 128 + signal.SIGTERM]
+    assert Checkpoint.open(tmp_path).position == Position(1, 0, 7, 7, 70)
 
 
 @pytest.mark.parametrize("again", ((1, [BasisRotation()]), (3, [BasisRotation()]), (2, [])))
