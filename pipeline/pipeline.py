@@ -416,7 +416,8 @@ class Pipeline:
 
         Args:
             path: the folder to make; all hosts must see it.
-            keep: remove all but so many checkpoints from the folder it is in; None: none.
+            keep: remove all but so many of the checkpoints beside it that have its name, but for
+                numbers; None: none.
 
         Raises:
             OSError: it cannot be written (under torchrun it ends the job).
