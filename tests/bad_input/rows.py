@@ -673,6 +673,21 @@ ROWS = (
         command="train",
         arguments="--pipeline.timeout [0,0]",
     ),
+    Row(
+        "a time-out that is no number",
+        (
+            "pipeline.timeout is (nan, nan): give two numbers of seconds, until the first "
+            "update and after it, as in (300, 60)"
+        ),
+        command="train",
+        arguments="--pipeline.timeout [.nan,.nan]",
+    ),
+    Row(
+        "more threads than any machine has",
+        "threads must be at most 1024, not 100000000",
+        command="train",
+        arguments="--threads 100000000",
+    ),
     # Corrections and batches
     Row(
         "spike compensation of Adam",
