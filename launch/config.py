@@ -140,6 +140,8 @@ class Config:
                 raise ValueError(f"{key} must be at least {least}, not {value}")
         if self.threads is not None and self.threads > MOST_THREADS:
             raise ValueError(f"threads must be at most {MOST_THREADS}, not {self.threads}")
+        if self.checkpoint.resume == "":
+            raise ValueError("checkpoint.resume is '': write auto, a checkpoint's folder, or null")
         plain = self.name == Path(self.name).name and self.name.isprintable()
         if not plain or self.name.startswith(".") or len(self.name) > 200:
             raise ValueError(f"name must be a plain folder name, not {shorten(self.name)}")

@@ -449,7 +449,7 @@ class Pipeline:
         """
         self._require_open()
         with self._reporting("loading a checkpoint", refuses=True):
-            if not isinstance(path, str | Path):
+            if not isinstance(path, str | Path) or not str(path):
                 raise TypeError(f"path={path!r}: give the name of a checkpoint's folder")
             if Path(path).is_file():
                 self.load_state_dict(load_weights(path))

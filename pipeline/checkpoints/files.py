@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import stat
 from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,7 +15,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-__all__ = ["Entry", "fault_of", "read_json", "read_tensors", "sync", "write_json", "write_tensors"]
+__all__ = [
+    "Entry",
+    "fault_of",
+    "read_json",
+    "read_tensors",
+    "save_tensors",
+    "sync",
+    "write_json",
+    "write_tensors",
+]
 
 Entry = dict[str, Any]
 """Of one file: its size in bytes, and its SHA-256."""
@@ -30,11 +40,23 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> Entry:
         OSError: it cannot be written.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
+    save_tensors(file, tensors)
+    return _finish(file)
+
+
+def save_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file into a folder that is there.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     try:
         save_file(dict(tensors), file, metadata={"format": "pt"})
-    except SafetensorError as error:
+    except SafetensorError as error:  # speaks of a file that goes by another name until it is whole
+        if number := re.search(r"\(os error (\d+)\)", str(error)):
+            code = int(number[1])
+            raise OSError(code, os.strerror(code), str(file)) from error
         raise OSError(f"{file}: {error}") from error
-    return _finish(file)
 
 
 def write_json(file: Path, value: Any) -> Entry:

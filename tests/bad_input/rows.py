@@ -1328,6 +1328,12 @@ ROWS = (
         act=partial(save_weights, {"a": 1}, "weights.safetensors"),
     ),
     Row(
+        "weights for a folder that is not there",
+        "[Errno 2] No such file or directory: 'gone/weights.safetensors'",
+        FileNotFoundError,
+        act=partial(save_weights, {"a": torch.zeros(1)}, "gone/weights.safetensors"),
+    ),
+    Row(
         "Nesterov's way for plain SGD",
         (
             "asynchronous_nesterov is SGD with one momentum above 0, or NAdam, and this is "
@@ -1444,6 +1450,12 @@ ROWS = (
         "there is no runs/mine: write a checkpoint's folder, or that of several",
         command="train",
         arguments="--checkpoint.resume runs/mine",
+    ),
+    Row(
+        "a checkpoint of no name",
+        "checkpoint.resume is '': write auto, a checkpoint's folder, or null",
+        command="train",
+        arguments="--checkpoint.resume \"''\"",
     ),
     Row(
         "a folder without a checkpoint",
