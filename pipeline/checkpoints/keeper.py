@@ -118,6 +118,7 @@ class Keeper:
     def stoppable(self, plan: Checkpoints | None) -> Iterator[None]:
         """Have a SIGTERM ask for a checkpoint and the end, in the block."""
         if plan is None:
+            self.heed()
             yield
         elif self._watch is not None:
             self._watch.saves = True

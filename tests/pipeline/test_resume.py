@@ -201,6 +201,7 @@ def test_a_sigterm_after_the_last_mini_batch(every: int | None, tmp_path: Path) 
     calls: tuple[Callable[[Pipeline], Any], ...] = (
         lambda pipe: pipe.train(data, checkpoints=plan),
         lambda pipe: pipe.evaluate(data),
+        lambda pipe: pipe.train(data),
     )
     before = signal.signal(signal.SIGTERM, leave)
     try:
@@ -212,7 +213,7 @@ def test_a_sigterm_after_the_last_mini_batch(every: int | None, tmp_path: Path) 
             codes.append(ended.value.code)
     finally:
         signal.signal(signal.SIGTERM, before)
-    assert codes == [0, 128 + signal.SIGTERM]
+    assert codes == [0, 128 + signal.SIGTERM, 128 + signal.SIGTERM]
     assert Checkpoint.open(tmp_path).position == Position(1, 0, 7, 7, 70)
 
 
