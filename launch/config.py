@@ -59,6 +59,9 @@ class CheckpointOptions:
     ] = None
 
 
+MOST_THREADS = 1024
+"""No processor has more; of a hundred million torch dies by a signal."""
+
 Schedule = Literal["gpipe", "1f1b", "stream"]
 Balance = Literal["time", "parameters"] | list[str | int]
 
@@ -135,6 +138,10 @@ class Config:
                 value = getattr(value, part)
             if isinstance(value, int) and value < least:
                 raise ValueError(f"{key} must be at least {least}, not {value}")
+        if self.threads is not None and self.threads > MOST_THREADS:
+            raise ValueError(f"threads must be at most {MOST_THREADS}, not {self.threads}")
+        if self.checkpoint.resume == "":
+            raise ValueError("checkpoint.resume is '': write auto, a checkpoint's folder, or null")
         plain = self.name == Path(self.name).name and self.name.isprintable()
         if not plain or self.name.startswith(".") or len(self.name) > 200:
             raise ValueError(f"name must be a plain folder name, not {shorten(self.name)}")

@@ -179,8 +179,9 @@ def check_choices(loss_fn: Any, optimizer: Any, schedule: str, on_nonfinite: str
 
 
 def check_timeout(timeout: Sequence[float]) -> None:
-    """Refuse what is not two numbers of seconds."""
-    if not isinstance(timeout, Sequence) or len(timeout) != 2 or min(timeout) <= 0:
+    """Refuse what is not two numbers of seconds above 0, which a NaN is not."""
+    numbers = [*timeout] if isinstance(timeout, Sequence) else []
+    if len(numbers) != 2 or not all(isinstance(n, int | float) and n > 0 for n in numbers):
         raise ValueError(
             f"timeout={timeout!r}: give two numbers of seconds, until the first update and after "
             "it, as in (300, 60)"

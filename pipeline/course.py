@@ -3,18 +3,25 @@
 A loader that draws its order at the beginning of a pass is given the random states of then, and its
 mini-batches up to the place are drawn and dropped; the next one is drawn with the random states it
 was drawn with, for it may be augmented.
+
+What a loader keeps from one mini-batch to the next (a shuffle buffer, the rest of an order) hangs
+on all that was drawn, from the global state by the first stage's layers, too, and dropped
+mini-batches go without them. So once something else has drawn from that, as it does in a plain
+loop, the loader has a stream of its own until the end of the pass.
 """
 
 import random
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
-from itertools import islice
+from itertools import count, islice
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .checkpoints.position import Position
+from .checkpoints.schema import whole
 from .errors import InputError
 from .nest import Nest
 
@@ -32,22 +39,45 @@ class Course:
         # A DataLoader's persistent workers draw a seed when they are started, and not again.
         self._warm = False
         self._resumes: Mapping[str, Any] | None = None
+        # The first mini-batch of the pass that was drawn from the loader's own stream.
+        self._apart: int | None = None
 
     def begin(self, loader: Iterable[Any]) -> None:
         """A call of `train` begins: note the random states, or take on those of a checkpoint."""
         self._generators = _generators_of(loader)
         self._warm = getattr(loader, "_iterator", None) is not None
+        self._apart = None
         if self._resumes is not None:
             if self._resumes["warm"] and not self._warm and hasattr(loader, "_iterator"):
                 iter(loader)
                 self._warm = True
             began = self._resumes["began"]
+            self._apart = None if began is None else self._resumes.get("apart")
             _restore(self._resumes["now"] if began is None else began, self._generators)
         self._began = self._here = _capture(self._generators)
 
+    def draw(self, batches: Iterator[tuple[Nest, Nest]]) -> Iterator[tuple[Nest, Nest]]:
+        """A loader's mini-batches, each drawn from the random stream that is the loader's."""
+        own = torch.get_rng_state()
+        for number in count():
+            outer = torch.get_rng_state()
+            repeats = self._resumes is not None
+            if self._apart is None and not repeats and not outer.equal(own):
+                self._apart = number
+            if number == self._apart:
+                own = _another(own)
+            torch.set_rng_state(own)
+            batch = next(batches, None)
+            own = torch.get_rng_state()
+            if self._apart is not None and number >= self._apart:
+                torch.set_rng_state(outer)
+            if batch is None:
+                return
+            yield batch
+
     def find(self, batches: Iterator[tuple[Nest, Nest]]) -> Iterator[tuple[Nest, Nest]]:
         """A loader's mini-batches from the place on that a checkpoint was made at."""
-        resumes, self._resumes = self._resumes, None
+        resumes = self._resumes
         if resumes is not None and resumes["began"] is not None:
             done = self.position.mini_batches
             if (drawn := sum(1 for _ in islice(batches, done))) < done:
@@ -60,9 +90,11 @@ class Course:
             first = next(batches, None)
             # Between the drawing of this one and the checkpoint, layers may have drawn.
             _restore(resumes["now"], self._generators)
+            self._resumes = None
             if first is None:  # it was made at the end of the pass
                 return
             yield first
+        self._resumes = None
         yield from batches
 
     def pause(self) -> None:
@@ -95,7 +127,7 @@ class Course:
             return dict(self._resumes) | {"position": asdict(self.position)}
         now = _capture(self._generators)
         states = {"began": self._began, "here": self._here, "now": now, "warm": self._warm}
-        return {"position": asdict(self.position), **states}
+        return {"position": asdict(self.position), **states, "apart": self._apart}
 
     def load_state_dict(self, state: Mapping[str, Any], share: float = 1) -> None:
         """Be there with the next call of `train`.
@@ -123,8 +155,18 @@ def _generators_of(loader: Any) -> list[torch.Generator]:
     return list(unique.values())
 
 
+def _another(state: Tensor) -> Tensor:
+    """A state of torch's generator that follows from this one, and draws nothing like it."""
+    generator = torch.Generator()
+    generator.set_state(state)
+    seed = int(torch.randint(2**63 - 1, (), generator=generator))
+    return torch.Generator().manual_seed(seed).get_state()
+
+
 def _try_on(state: Mapping[str, Any]) -> None:
     """See that the random states are some: they are taken on much later, amid a pass."""
+    if state.get("apart") is not None:
+        whole("apart", state["apart"])
     own = _capture([])
     try:
         for name in ("now",) if state["began"] is None else ("began", "here", "now"):

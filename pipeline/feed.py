@@ -88,11 +88,11 @@ def feed(
         batch = next(iterator, None)
         if before is Kind.SAVE:
             yield from again if together else [Message(Kind.SAVE, start)]
-        if batch is None:
-            break
         if before is Kind.END:
             yield Message(Kind.END, last=True)
             return
+        if batch is None:
+            break
         pieces = split(batch, parts)
         sizes = [samples(piece) for piece in pieces]
         for k, (piece, size) in enumerate(zip(pieces, sizes, strict=True)):

@@ -295,8 +295,9 @@ class Pipeline:
             log: called on the first stage, with the losses read from the device then and only then.
             log_every: micro-batches between two logs.
             checkpoints: where to save, and when. A SIGTERM then ends the call at the next
-                mini-batch, saves, and leaves with exit code 0. After `load` the first call goes on
-                where the checkpoint was made, in the middle of the loader if need be.
+                mini-batch, saves, and leaves with exit code 0; where there is no next one, the next
+                call does, or ends at once if it is not of `train`. After `load` the first call goes
+                on where the checkpoint was made, in the middle of the loader if need be.
             at_end: called with the report, unless a SIGTERM ended the call, before the checkpoint
                 of the call's end is made, which has what was put into `notes` then.
 
@@ -329,15 +330,15 @@ class Pipeline:
             )
         with self._keeper.stoppable(checkpoints):
             report, ended = self._train(messages, checkpoints)
-        if ended is Ended.OVER:
-            self._course.end()
-            if at_end is not None:
-                at_end(report)
-        if checkpoints and (ended is Ended.STOPPED or checkpoints.every is None):
-            self._save(checkpoints.path(self.position), checkpoints.keep)
-            self._keeper.wait()
-        if ended is Ended.STOPPED:
-            self._leave()
+            if ended is Ended.OVER:
+                self._course.end()
+                if at_end is not None:
+                    at_end(report)
+            if checkpoints and (ended is Ended.STOPPED or checkpoints.every is None):
+                self._save(checkpoints.path(self.position), checkpoints.keep)
+                self._keeper.wait()
+            if ended is Ended.STOPPED:
+                self._leave()
         return report
 
     def _train(
@@ -415,7 +416,8 @@ class Pipeline:
 
         Args:
             path: the folder to make; all hosts must see it.
-            keep: remove all but so many checkpoints from the folder it is in; None: none.
+            keep: remove all but so many of the checkpoints beside it that have its name, but for
+                numbers; None: none.
 
         Raises:
             OSError: it cannot be written (under torchrun it ends the job).
@@ -447,7 +449,7 @@ class Pipeline:
         """
         self._require_open()
         with self._reporting("loading a checkpoint", refuses=True):
-            if not isinstance(path, str | Path):
+            if not isinstance(path, str | Path) or not str(path):
                 raise TypeError(f"path={path!r}: give the name of a checkpoint's folder")
             if Path(path).is_file():
                 self.load_state_dict(load_weights(path))
@@ -673,7 +675,7 @@ class Pipeline:
                 self._course.begin(loader)
             batches = read(loader, pairs_only)
             if trains:
-                batches = deal(batches, loader, self._grid)
+                batches = deal(self._course.draw(batches), loader, self._grid)
             if self.partition is None:  # on the pass's first, wherever in it training goes on
                 first = next(batches)
                 self._adopt(self._blueprint.cut_by_time(first if self.rank == 0 else None))
@@ -757,6 +759,8 @@ class Pipeline:
         assert driver is not None
         if call is not Call.CLOSE:
             self._require_open()
+        if call not in (Call.TRAIN, Call.SAVE, Call.CLOSE):
+            self._keeper.heed()
         if self._under_way is not None:
             raise RuntimeError(
                 f"{call.name.lower()}() while {self._under_way.name.lower()}() is under way, from "

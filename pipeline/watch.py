@@ -220,6 +220,15 @@ class Watch:
         error.headrace_reported = True  # type: ignore[attr-defined]
         self.fail(told(error), code=2)
 
+    def stop(self, number: int) -> None:
+        """End the job by a signal that was sent to this rank.
+
+        Raises:
+            SystemExit: with 128 and its number, as a shell has it.
+        """
+        self.fail(f"stopped by {signal.Signals(number).name}", code=128 + number)
+        self.check()
+
     def close(self) -> None:
         """Stop watching, and give back the signal handlers."""
         self._closed.set()
@@ -400,9 +409,7 @@ class Watch:
             self._stopping, self.stop_requested = False, True
             self._store.set("stop", "")
             return
-        name = signal.Signals(number).name
-        self.fail(f"stopped by {name}", code=128 + number)
-        self.check()
+        self.stop(number)
 
     def _hand_on(self, number: int, frame: FrameType | None) -> None:
         """In a process forked from this one (a DataLoader's worker): as if we were not there."""

@@ -7,7 +7,6 @@ step-00001000/
     state/stage-0.json            … and the rest of it
 """
 
-import json
 import math
 import re
 import warnings
@@ -42,6 +41,13 @@ MANIFEST = "checkpoint.json"
 FORMAT = 1
 REPLACED = ".replaced"
 """Ends the name of one that is being written anew."""
+LARGEST = 1 << 26
+"""Bytes of a manifest: a stage's files are a few hundred."""
+NAME = re.compile(
+    r"(weights/stage-[0-9]+\.safetensors)"
+    r"|(state/((replica-[0-9]+-)?stage|server)-[0-9]+\.(safetensors|json))"
+)
+"""Of a file that a manifest may speak of: no other is ever opened."""
 PART = re.compile(r"(weights|state)(/[^/]+\.(safetensors|json))?")
 """What is in one beside the manifest."""
 
@@ -129,7 +135,7 @@ class Checkpoint:
     @classmethod
     def _read(cls, folder: Path) -> "Checkpoint":
         try:
-            manifest = read_json(folder / MANIFEST)
+            manifest = read_json(folder / MANIFEST, LARGEST)
             if manifest["format"] != FORMAT:
                 raise CheckpointError(
                     f"{folder} is of format {manifest['format']!r}, and this reads {FORMAT}: take "
@@ -137,7 +143,7 @@ class Checkpoint:
                 )
             position = Position.of(manifest["position"])
             layers = [[str(name) for name in stage] for stage in manifest["layers"]]
-            files = {str(name): _entry(each) for name, each in manifest["files"].items()}
+            files = {_name(name): _entry(each) for name, each in manifest["files"].items()}
             depths = _depths(manifest["depths"], len(layers))
             kinds, notes = dict(manifest["kinds"]), dict(manifest["notes"])
             replicas = whole("replicas", manifest["replicas"], least=1)
@@ -191,7 +197,7 @@ class Checkpoint:
         tensors = self._tensors(f"state/{who}.safetensors")
         file = self._intact(f"state/{who}.json")
         try:
-            return unpack(read_json(file), tensors)
+            return unpack(read_json(file, self.files[f"state/{who}.json"]["bytes"]), tensors)
         except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{file}: {error}") from error
 
@@ -231,8 +237,14 @@ def _depths(written: Any, stages: int) -> list[int]:
     return depths
 
 
+def _name(written: str) -> str:
+    if not NAME.fullmatch(written):
+        raise ValueError(f"files has {written!r}, which none is called")
+    return written
+
+
 def _entry(value: Mapping[str, Any]) -> Entry:
-    return {"bytes": int(value["bytes"]), "sha256": str(value["sha256"])}
+    return {"bytes": whole("bytes", value["bytes"]), "sha256": str(value["sha256"])}
 
 
 def _nothing(path: Path, folder: Path, faults: list[str]) -> str:
@@ -261,8 +273,8 @@ def made_last(folder: Path) -> float:
 
 def _age(path: Path) -> tuple[float, bool, str]:
     try:
-        made = float(json.loads((path / MANIFEST).read_bytes())["made"])
-    except (OSError, ValueError, OverflowError, KeyError, TypeError, RecursionError):
+        made = float(read_json(path / MANIFEST, LARGEST)["made"])
+    except (ValueError, OverflowError, KeyError, TypeError):
         made = -1.0
     return (made if math.isfinite(made) else -1.0, not path.name.endswith(REPLACED), path.name)
 

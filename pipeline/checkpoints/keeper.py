@@ -117,21 +117,34 @@ class Keeper:
     @contextmanager
     def stoppable(self, plan: Checkpoints | None) -> Iterator[None]:
         """Have a SIGTERM ask for a checkpoint and the end, in the block."""
-        if self._watch is not None:
-            self._watch.saves = plan is not None
-        alone = self._watch is None and threading.current_thread() is threading.main_thread()
-        if plan is None or not alone:
+        if plan is None:
+            self.heed()
             yield
-            return
-
-        def request(number: int, frame: Any) -> None:
-            self._stop_requested = True
-
-        before = signal.signal(signal.SIGTERM, request)
-        try:
+        elif self._watch is not None:
+            self._watch.saves = True
+            try:
+                yield
+            finally:
+                self._watch.saves = False
+        elif threading.current_thread() is not threading.main_thread():
             yield
-        finally:
-            signal.signal(signal.SIGTERM, before)
+        else:
+            before = signal.signal(signal.SIGTERM, self._request)
+            try:
+                yield
+            finally:
+                signal.signal(signal.SIGTERM, before)
+
+    def _request(self, number: int, frame: Any) -> None:
+        self._stop_requested = True
+
+    def heed(self) -> None:
+        """End by a SIGTERM that came too late in a call of `train`, and which no other follows."""
+        if self._watch is not None and self._watch.stop_requested:
+            self._watch.stop(signal.SIGTERM)
+        elif self._stop_requested:
+            self._stop_requested = False
+            signal.raise_signal(signal.SIGTERM)
 
     def agree(self, report: Report) -> Ended:
         """What is to come after a call of `train`, which all replicas have ended."""

@@ -21,7 +21,8 @@ class Checkpoints:
         every: mini-batches from one to the next, counted from the run's beginning; with replicas
             each one's own, from the beginning of its pass, and at the end of a pass if so many have
             gone by since the last. None: one at the end of each call of `train`.
-        keep: how many; older ones are removed once a new one is whole.
+        keep: how many; older ones are removed once a new one is whole, but for links and those that
+            have another name.
 
     Raises:
         TypeError, ValueError: a folder that is none, a number that is too small.

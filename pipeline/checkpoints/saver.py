@@ -7,6 +7,7 @@ at, what was there before is there still, whole.
 
 import json
 import os
+import re
 import shutil
 import threading
 import time
@@ -98,7 +99,7 @@ class Saver:
         Args:
             final: where it is to be; of the other processes the folder it is in counts.
             head: on the first process, what the manifest says but for the files.
-            keep: how many checkpoints in that folder are to be kept; None: all.
+            keep: how many of its name, but for numbers, are to be kept in that folder; None: all.
         """
         self._number += 1
         self._thread = threading.Thread(
@@ -151,7 +152,7 @@ class Saver:
                     made = max(time.time(), made_last(final.parent) + 1e-3)  # clocks may go back
                     _finish(partial, replace(head, made=made, files=entries))
                     if keep is not None:
-                        _prune(final.parent, keep)
+                        _prune(final, keep)
                 self._share(f"{key}/done", "")
             self._learn(f"{key}/done")
         except Exception:
@@ -231,20 +232,39 @@ def _finish(partial: Path, checkpoint: Checkpoint) -> None:
     write_json(partial / MANIFEST, checkpoint.manifest())
     sync(partial)
     replaced = final.with_name(final.name + REPLACED)
-    if final.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
+    if os.path.lexists(final):
+        _remove(replaced)
         os.rename(final, replaced)
     os.rename(partial, final)
     sync(final.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    _remove(replaced)
 
 
-def _prune(folder: Path, keep: int) -> None:
-    """Remove all but the newest checkpoints, and what processes that died have left."""
+def _remove(path: Path) -> None:
+    """Of a link the link alone: what it leads to is the user's."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _prune(final: Path, keep: int) -> None:
+    """Remove all but the newest checkpoints beside one, and what processes that died have left.
+
+    Those that have another name, but for numbers, are somebody's own, and so are links.
+    """
+    folder = final.parent
+    own = [path for path in candidates(folder) if _form(path) == _form(final)]
     left = [path for path in remains(folder) if path.name.startswith(STEP)]
-    for path in [*candidates(folder)[keep:], *left]:
+    own, left = ([path for path in found if not path.is_symlink()] for found in (own, left))
+    for path in [*own[keep:], *left]:
         gone = path.with_name(f".{path.name}{PARTIAL}")
         os.rename(path, gone)  # never half a checkpoint under its name
         shutil.rmtree(gone, ignore_errors=True)
     for path in folder.glob(f".*{PARTIAL}"):
         shutil.rmtree(path, ignore_errors=True)
+
+
+def _form(path: Path) -> str:
+    """A name without its numbers."""
+    return re.sub("[0-9]+", "0", path.name.removesuffix(REPLACED))

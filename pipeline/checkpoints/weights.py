@@ -3,11 +3,10 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .checkpoint import Checkpoint, CheckpointError
-from .files import read_tensors
+from .files import read_tensors, save_tensors
 
 __all__ = ["load_weights", "save_weights"]
 
@@ -37,6 +36,7 @@ def save_weights(state: Mapping[str, Tensor], file: str | Path) -> None:
 
     Raises:
         TypeError: something in it is no tensor.
+        OSError: the file cannot be written.
     """
     for name, value in state.items():
         if not isinstance(value, Tensor):
@@ -45,4 +45,4 @@ def save_weights(state: Mapping[str, Tensor], file: str | Path) -> None:
                 "state_dict()"
             )
     copies = {name: t.detach().cpu().contiguous().clone() for name, t in state.items()}
-    save_file(copies, file, metadata={"format": "pt"})
+    save_tensors(Path(file), copies)

@@ -673,6 +673,21 @@ ROWS = (
         command="train",
         arguments="--pipeline.timeout [0,0]",
     ),
+    Row(
+        "a time-out that is no number",
+        (
+            "pipeline.timeout is (nan, nan): give two numbers of seconds, until the first "
+            "update and after it, as in (300, 60)"
+        ),
+        command="train",
+        arguments="--pipeline.timeout [.nan,.nan]",
+    ),
+    Row(
+        "more threads than any machine has",
+        "threads must be at most 1024, not 100000000",
+        command="train",
+        arguments="--threads 100000000",
+    ),
     # Corrections and batches
     Row(
         "spike compensation of Adam",
@@ -1339,6 +1354,12 @@ ROWS = (
         act=partial(save_weights, {"a": 1}, "weights.safetensors"),
     ),
     Row(
+        "weights for a folder that is not there",
+        "[Errno 2] No such file or directory: 'gone/weights.safetensors'",
+        FileNotFoundError,
+        act=partial(save_weights, {"a": torch.zeros(1)}, "gone/weights.safetensors"),
+    ),
+    Row(
         "Nesterov's way for plain SGD",
         (
             "asynchronous_nesterov is SGD with one momentum above 0, or NAdam, and this is "
@@ -1455,6 +1476,12 @@ ROWS = (
         "there is no runs/mine: write a checkpoint's folder, or that of several",
         command="train",
         arguments="--checkpoint.resume runs/mine",
+    ),
+    Row(
+        "a checkpoint of no name",
+        "checkpoint.resume is '': write auto, a checkpoint's folder, or null",
+        command="train",
+        arguments="--checkpoint.resume \"''\"",
     ),
     Row(
         "a folder without a checkpoint",

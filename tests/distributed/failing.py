@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from headrace.pipeline import Pipeline, Progress
+from headrace.pipeline.checkpoints import Checkpoints
 from headrace.pipeline.rules import Synthetic
 
 from ..pipeline.helpers import momentum
@@ -175,8 +176,9 @@ def misfortune(plan: Plan, epochs: int = 200) -> None:
         do(plan.deed)
     if here and plan.moment == "log":
         pipe.train(batches(20), log=lambda progress: do(plan.deed), log_every=15)
-    else:
-        pipe.train(loader(plan, 20))
+    else:  # checkpoints are not to change what happens after it
+        saved = Checkpoints("saved", every=15) if plan.moment == "evaluation" else None
+        pipe.train(loader(plan, 20), checkpoints=saved)
     pipe.evaluate(batches(3))
     if here and plan.moment == "between":
         do(plan.deed)

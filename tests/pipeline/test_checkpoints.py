@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from headrace.pipeline.checkpoints import (
     save_weights,
 )
 from headrace.pipeline.checkpoints.checkpoint import MANIFEST
+from headrace.pipeline.checkpoints.files import fault_of, read_json
 from headrace.pipeline.corrections import SpikeCompensation, WeightPrediction
 
 from .helpers import adamw, assert_close, assert_same, batches_of, momentum, tanh_net
@@ -374,6 +376,52 @@ def test_a_manifest_that_is_none(tmp_path: Path) -> None:
     manifest.write_text(json.dumps({**whole, "format": 2}))
     with pytest.raises(CheckpointError, match="is of format 2, and this reads 1"):
         Checkpoint.open(tmp_path / "one")
+
+
+def test_a_strangers_files_that_have_no_end(tmp_path: Path) -> None:
+    """None is opened but a checkpoint's own, nothing waits, and nothing is read for ever."""
+    saved(tmp_path / "one")
+    none = {"bytes": 0, "sha256": ""}
+    weights, names = "weights/stage-0.safetensors", ("/dev/zero", "../x.json", "weights/../x.json")
+
+    def copy(name: str, entries: dict[str, Any]) -> Path:
+        folder = tmp_path / name / "one"
+        shutil.copytree(tmp_path / "one", folder)
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+        manifest["files"] |= entries
+        (folder / MANIFEST).write_text(json.dumps(manifest))
+        return folder
+
+    for k, name in enumerate(names):
+        folder = copy(f"name {k}", {name: none})
+        with pytest.raises(CheckpointError, match=f"no manifest .*files has '{name}'"):
+            Checkpoint.open(folder)
+    pipes: dict[str, tuple[str, Callable[[Path], None]]] = {
+        "device": (weights, lambda file: file.symlink_to("/dev/zero")),
+        "pipe": (weights, os.mkfifo),
+        "manifest": (MANIFEST, os.mkfifo),
+        "linked manifest": (MANIFEST, lambda file: file.symlink_to("/dev/zero")),
+    }
+    for kind, (name, make) in pipes.items():
+        folder = copy(kind, {weights: none})
+        (folder / name).unlink()
+        make(folder / name)
+        with pytest.raises(CheckpointError, match=f"{folder / name} .*no plain file"):
+            Checkpoint.open(folder)
+        found, faults = find_latest(folder.parent)
+        assert found is None and len(faults) == 1 and "no plain file" in faults[0]
+
+
+def test_no_more_is_read_than_was_written(tmp_path: Path) -> None:
+    """A file of /proc has no bytes by its size, and as many as one reads."""
+    file = tmp_path / "stage-0.json"
+    file.write_text("[1, 2]")
+    assert read_json(file, 6) == [1, 2]
+    with pytest.raises(ValueError, match="it has more than 5 bytes"):
+        read_json(file, 5)
+    (tmp_path / "link").symlink_to("/proc/self/maps")
+    none = {"bytes": 0, "sha256": hashlib.sha256().hexdigest()}
+    assert "its SHA-256 differs" in fault_of(tmp_path / "link", none)
 
 
 def _with_state(folder: Path, to: Path, change: Any) -> Path:

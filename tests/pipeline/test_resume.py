@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Sampler, TensorDataset
 
-from headrace.pipeline import Pipeline
-from headrace.pipeline.checkpoints import Checkpoint, Checkpoints
+from headrace.pipeline import Pipeline, Report
+from headrace.pipeline.checkpoints import Checkpoint, Checkpoints, Position
 from headrace.pipeline.corrections import BasisRotation
 from headrace.pipeline.corrections.correction import Correction
 
@@ -127,7 +127,59 @@ def test_with_a_cut_that_is_yet_to_be_measured(
     assert [path.name for path in (tmp_path / "again").iterdir()] == [after.name]
 
 
-def test_after_a_sigterm_the_report_is_of_the_whole_call(tmp_path: Path) -> None:
+class Drawing(Sampler[int]):
+    """Draws each next one when it is asked for it: what is left hangs on all that was drawn."""
+
+    def __len__(self) -> int:
+        return 32
+
+    def __iter__(self) -> Iterator[int]:
+        left = list(range(32))
+        while left:
+            yield left.pop(int(torch.randint(len(left), ())))
+
+
+def drawing_run(
+    first: nn.Module, seed: int, start: Path | None, plan: Checkpoints | None
+) -> tuple["DataLoader[Any]", dict[str, Tensor]]:
+    x = torch.randn(32, 5, generator=torch.Generator().manual_seed(1))
+    loader = DataLoader(TensorDataset(x, x.sum(1, keepdim=True)), 4, sampler=Drawing())
+    torch.manual_seed(seed)
+    model = nn.Sequential(first, nn.Linear(5, 1))
+    with Pipeline(model, nn.MSELoss(), momentum, stages=1, balance="parameters") as pipe:
+        if start is not None:
+            pipe.load(start)
+        while pipe.position.epochs < 2:
+            pipe.train(loader, checkpoints=plan)
+        return loader, pipe.state_dict()
+
+
+def test_a_loader_that_draws_between_the_draws_of_layers(tmp_path: Path) -> None:
+    """Dropped mini-batches go without those of the layers, and yet its order is to be the same."""
+    plan = Checkpoints(tmp_path / "saved", 5, keep=9)
+    whole = drawing_run(nn.Dropout(0.3), 1, None, plan)[1]
+    starts = sorted((tmp_path / "saved").iterdir())
+    assert len(starts) == 3
+    for start in starts:
+        plan = Checkpoints(tmp_path / "again", 5, keep=9)
+        assert_same(drawing_run(nn.Dropout(0.3), 2, start, plan)[1], whole)
+
+
+def test_a_loader_that_alone_draws_does_so_as_in_a_plain_loop() -> None:
+    loader, piped = drawing_run(nn.Identity(), 1, None, None)
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Identity(), nn.Linear(5, 1))
+    optimizer = momentum(model.named_parameters())
+    for _ in range(2):
+        for x, target in loader:
+            optimizer.zero_grad()
+            nn.functional.mse_loss(model(x), target).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+    assert_same(piped, model.state_dict())
+
+
+@pytest.mark.parametrize("at", (3, 6), ids=("amid the pass", "at its last mini-batch"))
+def test_after_a_sigterm_the_report_is_of_the_whole_call(at: int, tmp_path: Path) -> None:
     """Else what was trained on before it is in no report, and the counts of a run fall behind."""
     batches = batches_of(70, 10)
 
@@ -137,7 +189,7 @@ def test_after_a_sigterm_the_report_is_of_the_whole_call(tmp_path: Path) -> None
 
     def stopping() -> Iterator[tuple[Tensor, Tensor]]:
         for number, batch in enumerate(batches):
-            if number == 3:
+            if number == at:
                 os.kill(os.getpid(), signal.SIGTERM)
             yield batch
 
@@ -148,12 +200,42 @@ def test_after_a_sigterm_the_report_is_of_the_whole_call(tmp_path: Path) -> None
         stopped.train(stopping(), checkpoints=Checkpoints(tmp_path))
     assert ended.value.code == 0
     with pipeline() as again:
-        assert 0 < again.load(tmp_path).mini_batches < 7
+        assert again.load(tmp_path).mini_batches == at + 1
         reports = [again.train(batches), again.train(batches)]
     assert [replace(report, seconds=0.0) for report in reports] == [
         replace(report, seconds=0.0) for report in expected
     ]
     assert reports[0].samples == reports[1].samples == 70
+
+
+@pytest.mark.parametrize("every", (None, 9))
+def test_a_sigterm_after_the_last_mini_batch(every: int | None, tmp_path: Path) -> None:
+    """Another pass begins by saving; anything else ends as it would have without checkpoints."""
+
+    def stop(report: Report) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def leave(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    data, plan, codes = batches_of(70, 10), Checkpoints(tmp_path, every), []
+    calls: tuple[Callable[[Pipeline], Any], ...] = (
+        lambda pipe: pipe.train(data, checkpoints=plan),
+        lambda pipe: pipe.evaluate(data),
+        lambda pipe: pipe.train(data),
+    )
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        for call in calls:
+            pipe = Pipeline(tanh_net(0), nn.MSELoss(), momentum, stages=2, balance=[9, 7])
+            pipe.train(data, checkpoints=plan, at_end=stop)
+            with pytest.raises(SystemExit) as ended:
+                call(pipe)
+            codes.append(ended.value.code)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert codes == [0, 128 + signal.SIGTERM, 128 + signal.SIGTERM]
+    assert Checkpoint.open(tmp_path).position == Position(1, 0, 7, 7, 70)
 
 
 @pytest.mark.parametrize("again", ((1, [BasisRotation()]), (3, [BasisRotation()]), (2, [])))

@@ -1,6 +1,7 @@
 """How a checkpoint is put together when something else happens in the meantime."""
 
 import os
+import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -100,6 +101,29 @@ def test_nothing_is_removed_that_is_no_checkpoint(tmp_path: Path) -> None:
         pipe.train(batches_of(70, 10), checkpoints=Checkpoints(tmp_path))
     assert sorted(each.name for each in tmp_path.iterdir()) == ["bert", "resnet", "step-00000014"]
     assert (tmp_path / "resnet" / "weights" / "best.pt").read_text() == "mine"
+
+
+def test_what_is_the_users_own_stays_and_does_not_count(tmp_path: Path) -> None:
+    """A copy of another name, and links, whatever they lead to."""
+    folder, plan = tmp_path / "run", Checkpoints(tmp_path / "run", keep=2)
+    with pipeline() as pipe:
+        pipe.train(batches_of(70, 10), checkpoints=plan)
+        first = folder / "step-00000007"
+        shutil.copytree(first, folder / "best")
+        shutil.copytree(first, tmp_path / "moved")
+        shutil.rmtree(first)
+        first.symlink_to("../moved")
+        (folder / "zlatest").symlink_to("step-00000007")
+        for _ in range(3):
+            pipe.train(batches_of(70, 10), checkpoints=plan)
+        kept = ["best", "step-00000007", "step-00000021", "step-00000028", "zlatest"]
+        assert sorted(each.name for each in folder.iterdir()) == kept
+        pipe.save(folder / "zlatest", keep=1)
+        assert sorted(each.name for each in folder.iterdir()) == kept
+    for each in (folder / "best", tmp_path / "moved"):
+        assert Checkpoint.open(each).position.total == 7
+    assert Checkpoint.open(folder / "zlatest").position.total == 28
+    assert not (folder / "zlatest").is_symlink() and first.is_symlink()
 
 
 def test_a_folder_that_nobody_may_look_into() -> None:
