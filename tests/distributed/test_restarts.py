@@ -190,8 +190,12 @@ def test_a_stage_killed_before_the_first_checkpoint_goes_on_from_the_given_one(
 
 
 def test_the_stages_that_are_left_go_on(tmp_path: Path) -> None:
-    """Of two machines one is lost, with torchrun: the other meets with itself."""
-    settings = "join_timeout=60,last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=2"
+    """Of two machines one is lost, with torchrun: the other meets with itself.
+
+    The last call is long enough for both to be there at the start: a torchrun that comes later
+    than that waits in vain, and so does the other, for a fault of torch's.
+    """
+    settings = "join_timeout=60,last_call_timeout=8,keep_alive_interval=1,keep_alive_max_attempt=2"
     options = ["--nnodes", "1:2", "--max-restarts", "2", "--rdzv-backend", "c10d"]
     options += ["--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--local-addr", "127.0.0.1"]
     agents = [
