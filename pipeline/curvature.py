@@ -10,7 +10,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from .hessian import largest_eigenvalue
 from .layers import materialise, named_layers
 from .loss import Loss, call_loss
-from .nest import Nest, map_tensors, to_device
+from .nest import Nest, map_tensors, to_device, to_double
 
 __all__ = ["estimate_curvature"]
 
@@ -47,7 +47,11 @@ def estimate_curvature(
     if iterations < 1:
         raise ValueError(f"iterations={iterations!r}: give a whole number >= 1")
     device = device or torch.device("cpu")
-    x, target = (map_tensors(_double, to_device(part, device)) for part in batch)
+
+    def prepared(part: Nest) -> Nest:
+        return map_tensors(to_double, to_device(map_tensors(torch.detach, part), device))
+
+    x, target = map(prepared, batch)
     if isinstance(loss_fn, nn.Module):
         loss_fn = copy.deepcopy(loss_fn).to(device).double()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -72,8 +76,3 @@ def estimate_curvature(
 
         here = parameters_to_vector(weights).detach().clone()
         return largest_eigenvalue(gradient, here, TOLERANCE, iterations, seed).value
-
-
-def _double(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach()
-    return tensor.double() if tensor.is_floating_point() else tensor

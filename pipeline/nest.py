@@ -17,6 +17,7 @@ __all__ = [
     "leaves",
     "map_tensors",
     "to_device",
+    "to_double",
     "total_bytes",
     "unflatten",
 ]
@@ -171,6 +172,11 @@ def describe(nest: Nest) -> str:
 def is_differentiable(tensor: Tensor) -> bool:
     """Whether a gradient with respect to this tensor can exist."""
     return tensor.is_floating_point() or tensor.is_complex()
+
+
+def to_double(tensor: Tensor) -> Tensor:
+    """It in float64, if its numbers are not whole ones."""
+    return tensor.double() if tensor.is_floating_point() else tensor
 
 
 def total_bytes(nest: Nest) -> int:

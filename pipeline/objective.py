@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .engine import Metrics
 from .loss import Loss
-from .nest import Nest, map_tensors
+from .nest import Nest, map_tensors, to_double
 from .pipeline import Pipeline
 from .sharpness import between
 
@@ -99,7 +99,7 @@ class Objective:
                 f"infinity in {', '.join(spoilt[:3])}; take a checkpoint from before training "
                 "diverged"
             )
-        self._state = {name: _double(tensor.detach().cpu()) for name, tensor in state.items()}
+        self._state = {name: to_double(tensor.detach().cpu()) for name, tensor in state.items()}
         return self._flatten(self._state)
 
     def between(
@@ -114,7 +114,7 @@ class Objective:
         share = min(max(alpha, 0.0), 1.0)
         for name, tensor in self._state.items():
             if tensor.is_floating_point():
-                self._state[name] = between(_double(small[name]), tensor, share)
+                self._state[name] = between(to_double(small[name]), tensor, share)
         return x
 
     def evaluate(
@@ -178,12 +178,8 @@ class _InDouble:
     def __iter__(self) -> Iterator[Nest]:
         self.given = 0
         for pair in self._loader:
-            yield map_tensors(_double, pair)
+            yield map_tensors(to_double, pair)
             self.given += 1
-
-
-def _double(tensor: Tensor) -> Tensor:
-    return tensor.double() if tensor.is_floating_point() else tensor
 
 
 def _group(model: nn.Sequential) -> list[list[str]]:

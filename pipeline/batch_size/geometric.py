@@ -2,7 +2,7 @@
 
 import math
 
-from .growth import Growth, check_samples
+from .growth import Growth, check_samples, is_number
 from .sampled import Sampled
 
 __all__ = ["Geometric", "grow"]
@@ -32,8 +32,7 @@ class Geometric(Growth):
         check_samples("most", most)
         if most < start:
             raise ValueError(f"most={most} is less than start={start}: give at least as many")
-        number = isinstance(factor, int | float) and not isinstance(factor, bool)
-        if not number or not 1 <= factor < math.inf:
+        if not is_number(factor) or not 1 <= factor < math.inf:
             raise ValueError(f"factor={factor!r}: give a finite number >= 1, as 1.1")
         self.most, self.by = most, factor
 

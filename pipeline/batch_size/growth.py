@@ -6,7 +6,7 @@ from typing import Any
 
 from .sampled import Sampled
 
-__all__ = ["RATES", "Growth", "check_samples"]
+__all__ = ["RATES", "Growth", "check_samples", "is_number"]
 
 RATES: dict[str, Callable[[float], float]] = {
     "constant": lambda ratio: 1.0,
@@ -51,6 +51,11 @@ class Growth:
     def factor(self, samples: int) -> float:
         """What the learning rate of an update of so many samples is multiplied by."""
         return RATES[self.rate](samples / self.start)
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is one, and no truth value, which Python takes for one."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def check_samples(name: str, value: Any) -> None:

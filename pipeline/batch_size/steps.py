@@ -5,7 +5,7 @@ from bisect import bisect
 from collections.abc import Sequence
 from typing import Any
 
-from .growth import Growth, check_samples
+from .growth import Growth, check_samples, is_number
 from .sampled import Sampled
 
 __all__ = ["Steps"]
@@ -62,8 +62,7 @@ class Steps(Growth):
 
 def _powers(start: int, factor: Any, changes: int) -> tuple[int, ...]:
     """start · factor^k after k changes, at least 1."""
-    number = isinstance(factor, int | float) and not isinstance(factor, bool)
-    if not number or not 0 < factor < math.inf:
+    if not is_number(factor) or not 0 < factor < math.inf:
         raise ValueError(
             f"sizes={start!r} is the start alone, and factor={factor!r}: give a finite number > 0, "
             "as in Steps(16, factor=5, at=[15, 30]), or all sizes, as in Steps([16, 80, 400], "

@@ -2,7 +2,7 @@
 
 import math
 
-from .growth import Growth, check_samples
+from .growth import Growth, check_samples, is_number
 from .sampled import Sampled
 
 __all__ = ["VarianceTest", "enlarge"]
@@ -48,8 +48,7 @@ class VarianceTest(Growth):
         check_samples("most", most)
         if most < start:
             raise ValueError(f"most={most} is less than start={start}: give at least as many")
-        number = isinstance(theta, int | float) and not isinstance(theta, bool)
-        if not number or not 0 < theta <= 1e100:  # it is squared
+        if not is_number(theta) or not 0 < theta <= 1e100:  # it is squared
             raise ValueError(f"theta={theta!r}: give a number > 0 and at most 1e100, as 1.0")
         self.most, self.theta = most, theta
 
