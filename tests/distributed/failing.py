@@ -187,6 +187,11 @@ def misfortune(plan: Plan, epochs: int = 200) -> None:
     pipe.close()
 
 
+def steady_training(plan: Plan) -> None:
+    """The same, until it is ended: others may be long in coming to their deeds."""
+    misfortune(plan, epochs=1_000_000)
+
+
 def misfortune_unlocked(plan: Plan) -> None:
     """The same where every stage is connected with the first."""
     with build(plan, rule=Synthetic(inputs="synthetic", lag="free")) as pipe:

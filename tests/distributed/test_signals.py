@@ -9,7 +9,16 @@ from typing import Any
 
 import pytest
 
-from .failing import FLAG, Plan, at_rest, journal, misfortune, while_connecting, with_workers
+from .failing import (
+    FLAG,
+    Plan,
+    at_rest,
+    journal,
+    misfortune,
+    steady_training,
+    while_connecting,
+    with_workers,
+)
 from .ranks import Job, Launcher, Outcome
 
 pytestmark = pytest.mark.timeout(120)
@@ -17,7 +26,7 @@ pytestmark = pytest.mark.timeout(120)
 NUMBERS = {"Ctrl-C": signal.SIGINT, "SIGTERM": signal.SIGTERM}
 
 PLACES: dict[str, tuple[Callable[..., Any], Plan]] = {
-    "in steady training": (misfortune, Plan("nothing", 0, "forward", 50)),
+    "in steady training": (steady_training, Plan("nothing", 0, "forward", 50)),
     "in the loader": (misfortune, Plan("sleep", 0, "loader", 7)),
     "in a layer": (misfortune, Plan("sleep", 1, "forward", 7)),
     "in a backward": (misfortune, Plan("sleep", 2, "backward", 7)),
